@@ -1,0 +1,55 @@
+"""Conversations as token ids: the one place where generation, reference and training get them from.
+
+Because prompt and response become ids separately and are joined as ids, nothing can merge over the boundary and no
+second beginning-of-sequence token can slip in.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from aipo_hpc.errors import DataError
+from aipo_hpc.rows import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a chat model.
+
+    Raises DataError when it cannot be loaded, has no chat template or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer of {model_name_or_path!r} cannot be loaded: {error}\n"
+            "Give a folder with tokenizer files, or a model id that is in the local Hugging Face cache or on the hub."
+        ) from error
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"tokenizer of {model_name_or_path!r} has no chat template, so it is not known how a prompt is put to this "
+            "model. Use an instruction-tuned model, or add chat_template.jinja to the model's folder."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer of {model_name_or_path!r} has no eos_token: set it in tokenizer_config.json.")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant starts to speak."""
+    encoded: Any = tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in messages],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str, finish_reason: str) -> list[int]:
+    """Token ids of a response; the end-of-sequence token belongs to it only if the model ended it by itself."""
+    ids = [int(token) for token in tokenizer(response, add_special_tokens=False)["input_ids"]]
+    return ids if finish_reason == "length" else [*ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
