@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import stat
@@ -11,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from _sandbox import config, folder as folders, packages, process as processes
+from _sandbox import config, packages
+from _sandbox import folder as folders
+from _sandbox import process as processes
 from _sandbox.errors import SandboxError
 from _sandbox.folder import Folder, Settings
 from _sandbox.process import Process
@@ -61,7 +62,11 @@ class Cluster:
                 return [
                     *("mariadbd", "--no-defaults", "--user=root", f"--datadir={root}/db", *_MARIADB),
                     *(f"--socket={run}/mariadb.sock", f"--pid-file={run}/mariadb.pid", "--bind-address=127.0.0.1"),
-                    *(f"--port={self.folder.ports['mariadbd']}", f"--init-file={root}/accounts.sql", "--skip-name-resolve"),
+                    *(
+                        f"--port={self.folder.ports['mariadbd']}",
+                        f"--init-file={root}/accounts.sql",
+                        "--skip-name-resolve",
+                    ),
                 ]
             case "slurmdbd" | "slurmctld":
                 return [name, "-D"]
@@ -76,7 +81,7 @@ class Cluster:
     def ask(self, *argv: str) -> str:
         """A command's output, or "" when it failed: for questions put again and again."""
         try:
-            done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(argv, check=False, env=self.environment, capture_output=True, text=True, timeout=20)
         except subprocess.TimeoutExpired:
             return ""
         return done.stdout if done.returncode == 0 else ""
@@ -87,7 +92,9 @@ class Cluster:
                 return bool(self.ask("munge", "--no-input", f"--socket={self.folder.munge_socket}"))
             case "mariadbd":
                 # Exits 0 even for a user without access: it only asks whether the server talks.
-                return bool(self.ask("mariadb-admin", "--no-defaults", f"--socket={self.folder.run}/mariadb.sock", "ping"))
+                return bool(
+                    self.ask("mariadb-admin", "--no-defaults", f"--socket={self.folder.run}/mariadb.sock", "ping")
+                )
             case "slurmdbd":
                 # Asked first, because sacctmgr retries for long on a closed port.
                 if not self._listens(name):
@@ -124,10 +131,11 @@ class Cluster:
                 f"{name} died while starting; {self._tail(name)}\n"
                 f"Next: mend what the log names, then run stop and start (start chooses new ports)"
             )
-        say(f"{name} up (pid {process.pid}{self._address(name)})")
+        say(f"{name} up (pid {process.pid}, {self.address(name)})")
 
-    def _address(self, name: str) -> str:
-        return f", port {self.folder.ports[name]}" if name in self.folder.ports else f", socket {self.folder.munge_socket}"
+    def address(self, name: str) -> str:
+        port = self.folder.ports.get(name)
+        return f"port {port}" if port else f"socket {self.folder.munge_socket}"
 
     def _tail(self, name: str) -> str:
         log = self.folder.log(name)
@@ -149,7 +157,14 @@ class Cluster:
         installer = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={root}/db", *_MARIADB]
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
         with self.folder.log("mariadb-install-db").open("wb") as log:
-            done = subprocess.run([*installer, *options], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            done = subprocess.run(
+                [*installer, *options],
+                check=False,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         if done.returncode:
             raise SandboxError(f"MariaDB could not make its data folder {root}/db; {self._tail('mariadb-install-db')}")
         say("database made")
@@ -170,7 +185,9 @@ class Cluster:
             port = str(self.folder.ports["slurmctld"])
             if not processes.wait_until(lambda: self._registered_clusters().get(config.CLUSTER) == port, _PATIENCE):
                 raise SandboxError(f"slurmctld did not register with slurmdbd; {self._tail('slurmctld')}")
-            probe = subprocess.run(["sacct", "-X"], env=self.environment, capture_output=True, text=True, timeout=60)
+            probe = subprocess.run(
+                ["sacct", "-X"], check=False, env=self.environment, capture_output=True, text=True, timeout=60
+            )
             if probe.returncode:
                 raise SandboxError(f"sacct does not work: {probe.stderr.strip()}; {self._tail('slurmdbd')}")
 
@@ -207,7 +224,9 @@ def _make_device(path: Path) -> None:
 
 def start(root: Path, settings: Settings) -> Folder:
     if os.geteuid() != 0:
-        raise SandboxError("the sandbox's slurmd and slurmctld must run as root; run as root, for example in a container")
+        raise SandboxError(
+            "the sandbox's slurmd and slurmctld must run as root; run as root, for example in a container"
+        )
     packages.ensure_installed(settings.accounting)
     with folders.locked(root):
         folder = folders.load(root)
@@ -245,8 +264,6 @@ def stop(root: Path, keep_logs: bool) -> None:
         folder = folders.load(root)
         if not folder:
             say(f"nothing to stop in {root}")
-            if not keep_logs:
-                shutil.rmtree(root / "logs", ignore_errors=True)
             return
         Cluster(folder).take_down()
         folder.remove(keep_logs)
@@ -261,11 +278,13 @@ def status(root: Path) -> bool:
         return False
     cluster = Cluster(folder)
     up = {name: cluster.process(name) for name in folder.settings.daemons}
-    for name, process in up.items():
-        where = f"port {folder.ports[name]}" if name in folder.ports else f"socket {folder.munge_socket}"
-        print(f"{name:<10} {'up' if process else 'down':<5} pid {process.pid if process else '-':<8} {where}")
+    lines = [
+        f"{name:<10} {'up' if process else 'down':<5} pid {process.pid if process else '-':<8} {cluster.address(name)}"
+        for name, process in up.items()
+    ]
     if up["slurmctld"]:
-        print(cluster.ask("sinfo").rstrip() or f"sinfo does not answer; see {folder.log('slurmctld')}")
+        lines.append(cluster.ask("sinfo").rstrip() or f"sinfo does not answer; see {folder.log('slurmctld')}")
+    print("\n".join(lines))
     return all(up.values())
 
 

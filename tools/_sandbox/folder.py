@@ -88,15 +88,18 @@ class Folder:
                 shutil.rmtree(self.root / name, ignore_errors=True)
         for name in _FILES:
             (self.root / name).unlink(missing_ok=True)
-        # Last: it is what says that this folder is a sandbox.
-        (self.root / "sandbox.json").unlink(missing_ok=True)
+        # Last, and only with everything else gone: it is what says that this folder is ours to clear.
+        if not keep_logs:
+            (self.root / "sandbox.json").unlink(missing_ok=True)
 
 
 def create(root: Path, settings: Settings) -> Folder:
     """Claim an empty folder, choose ports, make the tree."""
     if not re.fullmatch(r"[\w./+-]+", str(root)):
-        raise SandboxError(f"{root}: Slurm's configuration takes only letters, digits and ._+-/ in a path; choose another --dir")
-    foreign = sorted({path.name for path in root.iterdir()} - {"logs"})
+        raise SandboxError(
+            f"{root}: Slurm's configuration takes only letters, digits and ._+-/ in a path; choose another --dir"
+        )
+    foreign = sorted(path.name for path in root.iterdir())
     if foreign:
         raise SandboxError(f"{root} is not a sandbox and not empty ({foreign[0]}, ...); choose another --dir")
     run = root / "run"
@@ -107,9 +110,8 @@ def create(root: Path, settings: Settings) -> Folder:
     text = json.dumps({"settings": asdict(settings), "ports": folder.ports, "run": str(run)}, indent=1)
     (root / "sandbox.json.new").write_text(text + "\n")
     (root / "sandbox.json.new").rename(root / "sandbox.json")
-    shutil.rmtree(root / "logs", ignore_errors=True)
     for name in _FOLDERS:
-        (root / name).mkdir(exist_ok=True)
+        (root / name).mkdir()
     return folder
 
 
@@ -123,7 +125,9 @@ def load(root: Path) -> Folder | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise SandboxError(f"{path} cannot be read ({error}); remove {root} by hand once nothing runs from it") from error
+        raise SandboxError(
+            f"{path} cannot be read ({error}); remove {root} by hand once nothing runs from it"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -154,5 +158,7 @@ def _free_ports(daemons: list[str]) -> dict[str, int]:
                 ports[name] = port
                 break
             else:
-                raise SandboxError("found no free TCP port between 10000 and 32000; close some listeners and start again")
+                raise SandboxError(
+                    "found no free TCP port between 10000 and 32000; close some listeners and start again"
+                )
     return ports

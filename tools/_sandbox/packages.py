@@ -44,7 +44,8 @@ def ensure_installed(accounting: bool) -> None:
     for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *names]):
         print(f"slurm_sandbox: {' '.join(argv)}", file=sys.stderr, flush=True)
         # apt's own lines go to stderr: stdout carries only the export line.
-        if subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
+        done = subprocess.run(argv, check=False, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        if done.returncode:
             raise SandboxError(f"{' '.join(argv)} failed (its output is above); repair apt, then run start again")
     if absent := missing(accounting):
         raise SandboxError(f"still not installed: {', '.join(absent)}; run: {by_hand}")

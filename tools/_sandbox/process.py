@@ -7,6 +7,8 @@ itself before it becomes the daemon, so no daemon is ever without one, even
 when its starter is killed half way.
 """
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -112,11 +114,15 @@ def stop(processes: Iterable[Process], grace: float) -> None:
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         for process in left:
             process.signal(number)
-        wait_until(lambda: not any(process.alive() for process in left), patience)
+        wait_until(functools.partial(_all_ended, left), patience)
         left = [process for process in left if process.alive()]
     if left:
         pids = ", ".join(str(process.pid) for process in left)
         raise SandboxError(f"pids {pids} outlived SIGKILL (blocked in the kernel?); look at /proc/<pid>/stack")
+
+
+def _all_ended(processes: list[Process]) -> bool:
+    return not any(process.alive() for process in processes)
 
 
 def marked(folder: Path, conf: Path, node: str | None = None) -> list[Process]:
@@ -133,15 +139,31 @@ def marked(folder: Path, conf: Path, node: str | None = None) -> list[Process]:
             continue
         process = Process.of(int(entry.name))
         try:
-            environment = set((entry / "environ").read_bytes().split(b"\0"))
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            logs = _step_logs(entry, folder)
         except OSError:
-            continue
-        nodes = [item for item in environment if item.startswith(b"SLURMD_NODENAME=")]
-        of_job = bool(nodes) and f"SLURM_CONF={conf}".encode() in environment
-        of_daemon = f"{MARK}={folder}".encode() in environment
-        if process and (of_job and f"SLURMD_NODENAME={node}".encode() in nodes if node else of_job or of_daemon):
+            continue  # it has ended
+        nodes = [item.partition(b"=")[2].decode() for item in environment if item.startswith(b"SLURMD_NODENAME=")]
+        if f"SLURM_CONF={conf}".encode() not in environment:
+            nodes = []
+        of_node = node in nodes or f"steps-{node}.log" in logs
+        of_any = bool(nodes or logs) or f"{MARK}={folder}".encode() in environment
+        if process and (of_node if node else of_any):
             found.append(process)
     return found
+
+
+def _step_logs(entry: Path, folder: Path) -> set[str]:
+    """The sandbox's step logs which a slurmstepd holds open; its title overwrites its environment."""
+    if not (entry / "comm").read_text().startswith("slurmstepd"):
+        return set()
+    names = set()
+    for descriptor in (entry / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since it was listed
+            target = Path(os.readlink(descriptor))
+            if target.parent == folder / "logs":
+                names.add(target.name)
+    return names
 
 
 def _own_ancestry() -> set[int]:
