@@ -1,0 +1,83 @@
+"""Training checkpoints that can be believed.
+
+    <attempt>/checkpoints/checkpoint-<step>/...            written by the trainer, by all processes
+    <attempt>/checkpoints/checkpoint-<step>/complete.json  {"global_step", "world_size", ...}, written when all are done
+
+A process may be killed at any moment of a save. A folder without its marker is therefore never resumed from; a later
+save of the same attempt replaces it. A new attempt looks through its own folder and those of earlier attempts, and loads
+the newest complete checkpoint from where it lies.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from aipo_hpc.model_files import sync_tree
+
+CHECKPOINTS = "checkpoints"
+MARKER = "complete.json"
+
+logger = logging.getLogger(__name__)
+
+
+def newest_complete(attempts: Iterable[Path], shape: Mapping[str, Any]) -> Path | None:
+    """The complete checkpoint with the highest step below the folders of ``attempts``, or None.
+
+    ``shape`` is what a checkpoint must agree with to be loadable (world size, ZeRO stage, number of steps); one that
+    differs is passed over with a warning.
+    """
+    found = sorted(_complete(attempts), key=lambda item: item[0]["global_step"], reverse=True)
+    for marker, folder in found:
+        different = {key: (marker.get(key), value) for key, value in shape.items() if marker.get(key) != value}
+        if not different:
+            return folder
+        reasons = ", ".join(f"{key} was {was}, is {now}" for key, (was, now) in different.items())
+        logger.warning("not resuming from %s: %s", folder, reasons)
+    return None
+
+
+def _complete(attempts: Iterable[Path]) -> Iterator[tuple[dict[str, Any], Path]]:
+    for attempt in attempts:
+        for folder in sorted((attempt / CHECKPOINTS).glob("checkpoint-*")):
+            try:
+                marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(marker, dict) and isinstance(marker.get("global_step"), int):
+                yield marker, folder
+
+
+def remove_incomplete(attempt: Path) -> None:
+    """Delete the folders of unfinished saves, so that nothing half-written is left to mix with a new save."""
+    for folder in (attempt / CHECKPOINTS).glob("*"):
+        if not (folder / MARKER).exists():
+            logger.warning("removing %s: its save was never finished", folder)
+            shutil.rmtree(folder)
+
+
+class MarkComplete(TrainerCallback):
+    """Writes the marker of each checkpoint, after every process has finished its part and had it kept on disk."""
+
+    def __init__(self, shape: Mapping[str, Any]) -> None:
+        self._shape = shape
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sync_tree(folder)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            partial = folder / (MARKER + ".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump({"global_step": state.global_step, **self._shape}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(folder / MARKER)
+            sync_tree(folder.parent)

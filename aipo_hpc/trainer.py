@@ -1,0 +1,182 @@
+"""Preference training on transformers' plain ``Trainer``: the loss, exact inputs, and metrics. Nothing else differs."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from aipo_hpc.batches import FLOAT_COLUMNS, collate_slots
+from aipo_hpc.errors import RecipeError
+from aipo_hpc.logps import response_logps
+from aipo_hpc.objectives import objective
+
+METRICS = "metrics.jsonl"
+
+_AVERAGED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll",
+    "lengths/chosen",
+    "lengths/rejected",
+)
+
+
+class PairTrainer(Trainer):
+    """Trains on ``batches.Slots`` with one of the objectives.
+
+    The loss of a step is the mean of per-pair losses over the global batch. Logged besides Trainer's own: rewards
+    (beta times log pi - log ref, in nats), log-probabilities (nats per response), nll (nats per token of the chosen
+    response) and lengths (tokens), each a mean over the pairs since the last line.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str,
+        beta: float,
+        alpha: float,
+        lambda_: float,
+        gamma: float,
+        label_smoothing: float,
+        pairs_per_epoch: int,
+        pairs_per_step: int,
+        metrics_path: Path,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_collator=collate_slots, callbacks=[_LogLastStep()], **kwargs)
+        # The loss is a mean over the micro-batch; Trainer is to divide it by the number of micro-batches.
+        self.model_accepts_loss_kwargs = False
+        self._objective = partial(
+            objective(loss_type), beta=beta, alpha=alpha, lambda_=lambda_, gamma=gamma, label_smoothing=label_smoothing
+        )
+        self._beta = beta
+        self._pairs_per_epoch = pairs_per_epoch
+        self._pairs_per_step = pairs_per_step
+        self._metrics_path = metrics_path
+        self._metrics_started = False
+        self._sums = torch.zeros(len(_AVERAGED) + 1, dtype=torch.float64, device=self.args.device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device. Reference values stay fp32; Trainer would round them to DeepSpeed's dtype."""
+        floats = {name: inputs[name].to(self.args.device) for name in FLOAT_COLUMNS}
+        rest = {name: tensor for name, tensor in inputs.items() if name not in floats}
+        return {**super()._prepare_inputs(rest), **floats}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Mean over the slots of this micro-batch of weight times per-pair loss; a scalar."""
+        chosen, rejected = response_logps(model, inputs)
+        chosen_lengths, rejected_lengths = inputs["lengths"].chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        losses = self._objective(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        self._note(inputs, chosen.detach(), rejected.detach(), chosen_lengths, rejected_lengths)
+        loss: Tensor = (losses * inputs["weights"]).mean()
+        return loss
+
+    def _note(
+        self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+    ) -> None:
+        """Add up what ``log`` averages, on the device, so that a step waits for nothing."""
+        chosen_rewards = self._beta * (chosen - inputs["ref_chosen_logps"])
+        rejected_rewards = self._beta * (rejected - inputs["ref_rejected_logps"])
+        values = (
+            chosen_rewards,
+            rejected_rewards,
+            chosen_rewards > rejected_rewards,
+            chosen_rewards - rejected_rewards,
+            chosen,
+            rejected,
+            -chosen / chosen_lengths,
+            chosen_lengths,
+            rejected_lengths,
+            torch.ones_like(chosen),
+        )
+        is_pair = inputs["weights"] > 0
+        self._sums += torch.stack([value.double().masked_fill(~is_pair, 0.0).sum() for value in values])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step, with averages over all processes, and append it to the metrics file.
+
+        Raises RecipeError when the loss or the gradient is not a finite number.
+        """
+        is_step = "loss" in logs
+        if is_step:
+            *sums, num_pairs = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            self._sums.zero_()
+            logs.update({name: value / num_pairs for name, value in zip(_AVERAGED, sums, strict=True)})
+        super().log(logs, start_time)
+        # To Trainer, all epochs are one.
+        pairs_seen = self.state.global_step * self._pairs_per_step
+        self.state.log_history[-1]["epoch"] = pairs_seen / self._pairs_per_epoch
+        if is_step:
+            self._append_metrics()
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise RecipeError(
+                        f"{name} is {logs[name]} at step {self.state.global_step}: lower train.learning_rate or beta, "
+                        f"or look for the first odd line in {self._metrics_path}."
+                    )
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The logged steps since the start of training, those before an interruption included."""
+        return [line for line in self.state.log_history if "loss" in line]
+
+    def _append_metrics(self) -> None:
+        """The first call of an attempt writes what earlier attempts had logged, too."""
+        if not self.is_world_process_zero():
+            return
+        lines = self.metrics[-1:] if self._metrics_started else self.metrics
+        with self._metrics_path.open("a" if self._metrics_started else "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._metrics_started = True
+
+    def write_metrics(self) -> None:
+        """Write the whole metrics file."""
+        self._metrics_started = False
+        with self._metrics_path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.metrics)
+
+    def gathered_weights(self) -> dict[str, Any]:
+        """All weights by name. Every process must call this; under ZeRO-3 only rank 0 receives them."""
+        weights: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
+        return weights
+
+
+class _LogLastStep(TrainerCallback):
+    """The last step is logged even if it is not a multiple of ``logging_steps``."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+def deepspeed_config(zero_stage: int) -> dict[str, Any]:
+    """DeepSpeed's settings; what is ``auto`` follows from TrainingArguments.
+
+    Without an optimizer section DeepSpeed takes torch's AdamW and compiles none of its own.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": True,  # without it ZeRO-3 saves no weights, and no error
+        },
+    }
