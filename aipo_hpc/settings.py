@@ -5,8 +5,12 @@ fingerprint of its job, unless it is declared with ``tuning(default)``: batch si
 """
 
 import dataclasses
-from typing import Any
+import typing
+from typing import Any, TypeVar
 
+from aipo_hpc.errors import RecipeError
+
+Settings = TypeVar("Settings")
 _TUNING = "tuning"
 
 
@@ -42,3 +46,20 @@ def plain(value: Any, nested: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return str(value)
+
+
+def from_plain(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """Make settings from what ``everything`` gave. Raises RecipeError for a name that the settings do not have."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
+    if unknown:
+        raise RecipeError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            value = from_plain(typing.cast(type[Any], hints[name]), value)
+        elif isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
+            value = tuple(value)
+        made[name] = value
+    return kind(**made)

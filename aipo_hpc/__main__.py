@@ -1,0 +1,191 @@
+"""Look at runs and steer them: ``python -m aipo_hpc plan|status|logs|report|cancel|reset|work``."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from aipo_hpc.errors import AipoError, RunError, UserError
+from aipo_hpc.graph import build_graph
+from aipo_hpc.record import read_graph
+from aipo_hpc.store import Run
+
+Folder = Annotated[str, tyro.conf.Positional]
+"""A run directory."""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Print the graph of a run directory or of a recipe: jobs, shards, resources, what is done, what would run and why."""
+    from aipo_hpc.arguments import parse_recipe
+    from aipo_hpc.plan import plan_table
+    from aipo_hpc.recipe import validate
+    from aipo_hpc.terminal import print_table
+
+    if len(arguments) == 1 and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        run = Run(Path(arguments[0]))
+        graph = read_graph(run)
+    else:
+        recipe = parse_recipe(arguments, "python -m aipo_hpc plan")
+        validate(recipe)
+        run, graph = Run(recipe.folder()), build_graph(recipe)
+    print_table(plan_table(graph, run))
+    print(f"\nrun directory: {run.path}{'' if run.exists() else ' (not there yet)'}; nothing was submitted")
+
+
+def status(run: Folder) -> None:
+    """Print one row per job of a run: shards, done, failed attempts, rows, seconds; and who drives it."""
+    from aipo_hpc.lease import is_alive, read_owner
+    from aipo_hpc.terminal import job_table, print_table
+
+    opened = Run(Path(run))
+    graph = read_graph(opened)
+    print_table(job_table(graph, opened, {}))
+    owner = read_owner(opened)
+    if owner is not None and is_alive(owner):
+        age = time.time() - owner["heartbeat"]
+        print(f"\ndriven by process {owner['pid']} on {owner['host']}, last sign of life {age:.0f} s ago")
+    else:
+        print("\nno driver; the launch command resumes the run")
+    for name in graph.jobs:
+        for report in opened.job(name).reports:
+            print(report)
+
+
+def logs(run: Folder, job: Annotated[str, tyro.conf.Positional] = "", shard: Annotated[int, tyro.conf.Positional] = -1,
+         lines: int = 40) -> None:  # fmt: skip
+    """Print the last failure of each failed shard, of a job, or of one shard, with the tail of its log.
+
+    Args:
+        run: a run directory.
+        job: a job, e.g. iter-00/generate (default: all).
+        shard: a shard's number (default: all that failed).
+        lines: lines of the log's end to print.
+    """
+    opened = Run(Path(run))
+    graph = read_graph(opened)
+    if job and job not in graph.jobs:
+        raise RunError(f"{job!r}: no such job in {opened.path}; jobs are {', '.join(graph.jobs)}")
+    shown = 0
+    for name in [job] if job else graph.jobs:
+        done = opened.job(name).done(graph.fingerprints[name])
+        latest = {failure.shard: failure for failure in opened.job(name).failures()}
+        for number, failure in sorted(latest.items()):
+            if shard not in (-1, number) or (number in done and shard == -1):
+                continue
+            shown += 1
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.time))
+            print(f"== {name} shard {number}, attempt {failure.attempt} on {failure.host}, {when}: {failure.kind}")
+            print(failure.message)
+            print(failure.traceback.rstrip())
+            print_tail(failure.log, lines)
+    if shard != -1 and not shown and job:
+        sentinel = opened.job(job).done(graph.fingerprints[job]).get(shard)
+        print(f"{job} shard {shard}: " + (f"done, attempt {sentinel.attempt}" if sentinel else "no failure recorded"))
+        for log in opened.job(job).logs_of(sentinel) if sentinel else []:
+            print_tail(str(log), lines)
+    elif not shown:
+        print("no shard has failed for good")
+
+
+def print_tail(log: str, lines: int) -> None:
+    """Print the end of a log file, if it is there."""
+    if log and Path(log).is_file():
+        print(f"-- end of {log}")
+        print("\n".join(Path(log).read_text(errors="replace").splitlines()[-lines:]))
+
+
+def report(run: Folder) -> None:
+    """Print what a run achieved: win rates, lengths, pairs, times, and where the final model lies."""
+    from aipo_hpc.report import print_report
+
+    opened = Run(Path(run))
+    print_report(opened, read_graph(opened))
+
+
+def cancel(run: Folder) -> None:
+    """Stop a run's driver and all its waiting and running jobs; what is done stays done, and the run can be resumed."""
+    from aipo_hpc.cancel import cancel_run
+
+    print(cancel_run(Run(Path(run))))
+
+
+def reset(run: Folder, job: Annotated[str, tyro.conf.Positional]) -> None:
+    """Set a job and all that depends on it aside (nothing is deleted), so that the next launch computes it anew.
+
+    Args:
+        run: a run directory.
+        job: the job, e.g. iter-01/rank.
+    """
+    from aipo_hpc.cancel import reset_job
+
+    print(reset_job(Run(Path(run)), job))
+
+
+def work(run: Folder, job: Annotated[str, tyro.conf.Positional], shard: int = 0) -> None:
+    """Do one shard of a job here and now: what a task on the cluster does, for launching by hand.
+
+    Args:
+        run: a run directory, written by a launch (drive=prepare writes it without submitting).
+        job: the job, e.g. iter-00/generate.
+        shard: the shard's number.
+    """
+    from aipo_hpc.worker import Envelope
+
+    opened = Run(Path(run))
+    graph = read_graph(opened)
+    if job not in graph.jobs:
+        raise RunError(f"{job!r}: no such job in {opened.path}; jobs are {', '.join(graph.jobs)}")
+    if not 0 <= shard < graph.jobs[job].num_shards:
+        raise RunError(f"{job}: shard {shard} is not among 0 to {graph.jobs[job].num_shards - 1}")
+    by_hand = f"hand-{os.environ.get('SLURM_JOB_ID') or os.getpid()}"
+    Envelope(str(opened.path), job, shard, by_hand, shard, 0).run()
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "status": status,
+    "logs": logs,
+    "report": report,
+    "cancel": cancel,
+    "reset": reset,
+    "work": work,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 1 for a failure, 2 when the user has to mend something."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given and given[0] == "plan":
+            plan(given[1:])
+        elif given and given[0] == "launch":
+            from aipo_hpc import launch
+
+            return launch.main(given[1:])
+        elif given and given[0] in COMMANDS:
+            command = COMMANDS[given[0]]
+            tyro.cli(command, args=given[1:], prog=f"python -m aipo_hpc {given[0]}", use_underscores=True)
+        else:
+            print_usage()
+            return 0 if given in ([], ["--help"], ["-h"]) else 2
+    except AipoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def print_usage() -> None:
+    """One line per command."""
+    print("usage: python -m aipo_hpc COMMAND ...\n")
+    commands = {"launch": None, "plan": plan, **COMMANDS}
+    for name, command in commands.items():
+        what = "Start a run, or resume it: recipe=NAME [field=value ...]" if command is None else command.__doc__ or ""
+        print(f"  {name:7} {what.splitlines()[0]}")
+    print("\n`COMMAND --help` tells the arguments of each.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Stopping a run, and setting parts of it aside; both leave a run that the launch command resumes."""
+
+import time
+
+from aipo_hpc.clusters import make_cluster
+from aipo_hpc.errors import ClusterError, RunError
+from aipo_hpc.journal import Journal
+from aipo_hpc.lease import Lease, is_alive, read_owner, request_cancel
+from aipo_hpc.recipe import Recipe
+from aipo_hpc.record import read_graph
+from aipo_hpc.settings import from_plain
+from aipo_hpc.store import Run
+
+_PATIENCE = 60.0
+"""Seconds to wait for a living driver to stop the run by itself."""
+
+
+def cancel_run(run: Run) -> str:
+    """Stop the driver, then whatever it left waiting or running; returns what was done."""
+    graph = read_graph(run)
+    owner = read_owner(run)
+    if owner is not None and is_alive(owner):
+        request_cancel(run)
+        deadline = time.monotonic() + _PATIENCE
+        while read_owner(run) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{run.path}: its driver (process {owner['pid']} on {owner['host']}) has not stopped within "
+                    f"{_PATIENCE:g} s. Stop that process, then type this again."
+                )
+            time.sleep(0.2)
+        return f"{run.path}: its driver has stopped the run; the launch command resumes it"
+    with Lease(run):
+        journal = Journal(run)
+        unfinished = [
+            submission
+            for submission in journal.submissions.values()
+            if submission.job in graph.jobs
+            and not set(submission.shards) <= set(run.job(submission.job).done(graph.fingerprints[submission.job]))
+        ]
+        cluster = make_cluster(from_plain(Recipe, run.read_recipe()["settings"]))
+        states = cluster.states(unfinished)
+        living = [each for each in unfinished if any(state.alive for state in states.get(each.name, {}).values())]
+        journal.note("cancel", submissions=[submission.name for submission in living])
+        cluster.cancel(living)
+    return f"{run.path}: no driver; {len(living)} submissions cancelled. The launch command resumes the run"
+
+
+def reset_job(run: Run, name: str) -> str:
+    """Set a job and all downstream of it aside; returns what was moved. Raises RunError for an unknown job."""
+    graph = read_graph(run)
+    if name not in graph.jobs:
+        raise RunError(f"{name!r}: no such job in {run.path}; jobs are {', '.join(graph.jobs)}")
+    names = graph.downstream(name)
+    lost = [each for job in names for each in run.job(job).done(graph.fingerprints[job]).values()]
+    hours = sum((each.ended - each.started) * max(len(each.gpus), 1) * each.num_processes for each in lost) / 3600
+    with Lease(run):
+        target = run.set_jobs_aside(names)
+        Journal(run).note("reset", jobs=names, moved_to=str(target))
+    return (
+        f"moved {len(names)} jobs ({len(lost)} finished shards, {hours:.2f} task-hours to redo) to {target}:\n  "
+        + "\n  ".join(names)
+        + "\nThe launch command computes them anew."
+    )

@@ -1,0 +1,262 @@
+"""Slurm as a cluster: arrays through submitit, one squeue per query, sacct only for what squeue has forgotten.
+
+Client commands: one scontrol and one sbatch --test-only per distinct shape at the start; then one sbatch per submission and
+one squeue per query, however many shards there are.
+"""
+
+import getpass
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import submitit
+
+from aipo_hpc.clusters import Limits, Submission, TaskState
+from aipo_hpc.clusters.envelope import SubmititEnvelope
+from aipo_hpc.errors import ClusterError, SubmitRefused
+
+if TYPE_CHECKING:
+    from aipo_hpc.graph import Graph, Job
+    from aipo_hpc.recipe import SlurmConfig
+    from aipo_hpc.resources import Resources
+    from aipo_hpc.store import Run
+
+_TIMEOUT = 120.0
+"""Seconds after which a client command counts as not answered."""
+
+_OVER = {
+    "COMPLETED": None,
+    "FAILED": "killed",
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "OUT_OF_MEMORY": "out_of_memory",
+    "NODE_FAIL": "node_failure",
+    "BOOT_FAIL": "node_failure",
+    "PREEMPTED": "preempted",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+}
+"""States of Slurm in which a job is over, as classes of failure."""
+
+_PASSING = ("unable to contact slurm controller", "timed out", "temporarily", "try again", "connection refused")
+"""Words of answers that may be different the next time."""
+
+
+class SlurmCluster:
+    """The cluster whose client commands are on PATH (and that SLURM_CONF selects)."""
+
+    def __init__(self, config: "SlurmConfig") -> None:
+        self._config = config
+        self.num_commands = 0
+        shown = self._client(["scontrol", "show", "config"])
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+        # MaxArraySize bounds the index, which starts at 0; our arrays always do.
+        self.limits = Limits(
+            dependencies=True,
+            max_array_size=max(1, int(found.group(1)) if found else 1000),
+            settle=15.0,
+            query_interval=config.query_seconds,
+        )
+
+    def check(self, graph: "Graph") -> None:
+        """Ask sbatch, without submitting, whether it would take each distinct shape of job; raises SubmitRefused."""
+        shapes: dict[tuple[str, ...], str] = {}
+        for job in graph.jobs.values():
+            if job.resources is not None:
+                shapes.setdefault(tuple(self._test_arguments(job.resources)), job.name)
+        for arguments, name in shapes.items():
+            try:
+                self._client(["sbatch", "--test-only", *arguments, "--wrap=true"])
+            except ClusterError as error:
+                raise SubmitRefused(
+                    f"{name}: Slurm would not take this job ({' '.join(arguments)}): {error}\n"
+                    "Mend the stage's resources or the slurm.* fields; `sinfo` lists the partitions."
+                ) from error
+
+    def _test_arguments(self, resources: "Resources") -> list[str]:
+        config = self._config
+        options = {
+            "nodes": resources.nodes,
+            "ntasks-per-node": resources.tasks_per_node,
+            "cpus-per-task": resources.cpus_per_task,
+            "gpus-per-node": resources.gpus_per_node or None,
+            "mem": f"{int(resources.mem_gb * 1024)}M" if resources.mem_gb else None,
+            "time": resources.time,
+            "partition": resources.partition or config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            **config.sbatch_args,
+        }
+        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+    def submit(self, run: "Run", job: "Job", submission: Submission, after: Sequence[Submission]) -> str:
+        """One sbatch for all shards of the submission."""
+        executor = submitit.SlurmExecutor(folder=run.job(job.name).logs, python=self._config.python)
+        executor.update_parameters(**self._parameters(job, submission, after))
+        envelopes = [
+            SubmititEnvelope(str(run.path), job.name, shard, submission.name, index, submission.fence)
+            for index, shard in enumerate(submission.shards)
+        ]
+        self.num_commands += 1
+        try:
+            if len(envelopes) == 1:
+                return str(executor.submit(envelopes[0]).job_id)
+            jobs = executor.map_array(SubmititEnvelope.__call__, envelopes)
+            return str(jobs[0].job_id).split("_")[0]
+        except submitit.core.utils.FailedSubmissionError as error:
+            raise ClusterError(f"{job.name}: sbatch gave no job id: {error}") from error
+        except submitit.core.utils.FailedJobError as error:
+            message = str(error).strip()
+            if any(words in message.lower() for words in _PASSING):
+                raise ClusterError(f"{job.name}: sbatch got no clear answer: {message}") from error
+            raise SubmitRefused(
+                f"{job.name}: sbatch refused it: {message}\nMend the stage's resources or the slurm.* fields."
+            ) from error
+
+    def _parameters(self, job: "Job", submission: Submission, after: Sequence[Submission]) -> dict[str, object]:
+        assert job.resources is not None
+        resources, config = job.resources, self._config
+        additional = dict(config.sbatch_args)
+        if after:
+            kinds = {dependency.after: dependency.kind for dependency in submission.after}
+            additional["dependency"] = ",".join(f"{kinds[each.name]}:{each.id}" for each in after)
+            additional["kill-on-invalid-dep"] = "yes"
+        gang = resources.nodes * resources.tasks_per_node > 1
+        parameters = {
+            "job_name": submission.name,
+            "comment": f"{run_label(submission)} {job.name}",
+            "nodes": resources.nodes,
+            "ntasks_per_node": resources.tasks_per_node,
+            "cpus_per_task": resources.cpus_per_task,
+            "gpus_per_node": resources.gpus_per_node or None,
+            "mem": f"{int(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
+            "time": resources.time,
+            "partition": resources.partition or config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            "exclude": config.exclude,
+            "setup": list(config.setup) or None,
+            "srun_args": [*config.srun_args, *(["--kill-on-bad-exit=1"] if gang else [])],
+            "array_parallelism": resources.array_parallelism,
+            "stderr_to_stdout": True,
+            "additional_parameters": additional,
+        }
+        return {name: value for name, value in parameters.items() if value is not None}
+
+    def states(self, submissions: Sequence[Submission]) -> Mapping[str, Mapping[int, TaskState]]:
+        """One squeue for all; sacct, bounded by the time of submission, for those that squeue does not list."""
+        if not submissions:
+            return {}
+        wanted = {submission.name: submission for submission in submissions}
+        states = parse_squeue(
+            self._client(
+                [
+                    "squeue",
+                    f"--user={getpass.getuser()}",
+                    "--array",
+                    "--noheader",
+                    "--states=all",
+                    "--format=%j|%K|%T|%M|%r",
+                ]
+            ),
+            wanted,
+        )
+        forgotten = [
+            submission
+            for submission in submissions
+            if len(states.get(submission.name, {})) < len(submission.shards)
+        ]
+        if forgotten:
+            since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(each.time for each in forgotten) - 60))
+            command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
+            names = ",".join(submission.name for submission in forgotten)
+            try:
+                told = self._client(
+                    [*command, f"--name={names}", "--format=JobName,JobID,State,Elapsed,ExitCode"]
+                )
+            except ClusterError:
+                return states  # no accounting here: what squeue forgot stays unknown
+            for name, elements in parse_sacct(told, wanted).items():
+                for index, state in elements.items():
+                    states.setdefault(name, {}).setdefault(index, state)
+        return states
+
+    def cancel(self, submissions: Sequence[Submission]) -> None:
+        """One scancel by name for all."""
+        if submissions:
+            names = ",".join(submission.name for submission in submissions)
+            self._client(["scancel", f"--user={getpass.getuser()}", f"--name={names}"])
+
+    def _client(self, command: Sequence[str]) -> str:
+        self.num_commands += 1
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        except FileNotFoundError as error:
+            raise ClusterError(
+                f"{command[0]}: not found. cluster=slurm needs Slurm's client commands on PATH; "
+                "on a machine without Slurm use cluster=local."
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"{command[0]}: no answer within {_TIMEOUT:g} s") from error
+        if done.returncode != 0:
+            raise ClusterError((done.stderr or done.stdout).strip() or f"{command[0]}: exit code {done.returncode}")
+        return done.stdout
+
+
+def run_label(submission: Submission) -> str:
+    """What all submissions of a run have in common in their comments."""
+    return submission.name.rsplit("-", 1)[0]
+
+
+def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
+    """Read lines of ``name|array index|state|time used|reason``."""
+    states: dict[str, dict[int, TaskState]] = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|", 4)
+        if len(fields) == 5 and fields[0] in wanted:
+            name, index, state, used, reason = fields
+            at = int(index) if index.isdigit() else 0
+            never_ran = used in ("0:00", "INVALID")
+            states.setdefault(name, {})[at] = task_state(state, never_ran, wanted[name], reason)
+    return states
+
+
+def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
+    """Read lines of ``name|job id|state|elapsed|exit code``; ids of waiting elements may be folded as 12_[3-5]."""
+    states: dict[str, dict[int, TaskState]] = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|")
+        if len(fields) < 5 or fields[0] not in wanted:
+            continue
+        name, job_id, state, elapsed, exit_code = fields[:5]
+        element = job_id.partition("_")[2]
+        indices = [int(element)] if element.isdigit() else expand(element) if element else [0]
+        for index in indices:
+            told = task_state(state, elapsed == "00:00:00", wanted[name], f"exit code {exit_code}")
+            states.setdefault(name, {})[index] = told
+    return states
+
+
+def expand(element: str) -> list[int]:
+    """Indices of a folded array id: ``[3-5,8%2]`` is 3, 4, 5, 8."""
+    indices: list[int] = []
+    for part in element.strip("[]").split("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            indices += range(int(first), int(last or first) + 1)
+    return indices
+
+
+def task_state(state: str, never_ran: bool, submission: Submission, detail: str) -> TaskState:
+    """What a state of Slurm means to us; one that is not known as over counts as alive."""
+    word = state.split()[0].rstrip("+")
+    if word not in _OVER:
+        return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"))
+    kind = _OVER[word]
+    if kind == "cancelled" and never_ran and submission.after:
+        kind = "dependency"
+    return TaskState(alive=False, kind=kind, detail=f"Slurm: {state}, {detail}")

@@ -1,0 +1,211 @@
+"""The driver: looks at files and scheduler, has `reconcile` decide, and does what it says, until the run is finished.
+
+It holds nothing that is not on disk or with the scheduler, except since when it has seen an element over: kill it anywhere
+and start it again.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from aipo_hpc.clusters import Cluster, Submission, TaskState
+from aipo_hpc.errors import ClusterError, RunFailed, SubmitRefused
+from aipo_hpc.failures import KINDS
+from aipo_hpc.graph import Graph
+from aipo_hpc.journal import Journal
+from aipo_hpc.lease import Lease
+from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
+from aipo_hpc.store import Failure, Run
+
+Tell = Callable[[str], None]
+Show = Callable[[Decision, View], None]
+
+
+class Cancelled(Exception):
+    """The user asked this driver to stop the run."""
+
+
+class Driver:
+    """Drives one run. ``tell`` gets a line for each thing that happens; ``show`` the state after each look."""
+
+    def __init__(
+        self,
+        run: Run,
+        run_id: str,
+        graph: Graph,
+        cluster: Cluster,
+        journal: Journal,
+        lease: Lease,
+        tell: Tell,
+        show: Show,
+    ) -> None:
+        self._run = run
+        self._run_id = run_id
+        self._graph = graph
+        self._cluster = cluster
+        self._journal = journal
+        self._lease = lease
+        self._tell = tell
+        self._show = show
+        self._states: Mapping[str, Mapping[int, TaskState]] = {}
+        self._queried = 0.0
+        self._over_since: dict[Element, float] = {}
+
+    def follow(self, poll_seconds: float) -> None:
+        """Drive until the run is finished. Raises RunFailed when it cannot go on, Cancelled when asked to stop."""
+        while True:
+            decision = self.tick()
+            if decision.finished:
+                return
+            if decision.stuck:
+                raise RunFailed(explain(self._run, decision.given_up))
+            if self._lease.cancel_requested():
+                self.cancel()
+                raise Cancelled
+            if not (decision.submit or decision.record):
+                time.sleep(poll_seconds)
+
+    def tick(self) -> Decision:
+        """One look, one decision, and its execution."""
+        view = self.look()
+        decision = reconcile(self._graph, view, self._cluster.limits)
+        for record in decision.record:
+            self._record(record)
+        for submit in decision.submit:
+            self._submit(submit)
+        self._show(decision, view)
+        return decision
+
+    def look(self) -> View:
+        """Ask the scheduler, if its turn has come, and then list the files: what it calls over must be visible then."""
+        pending = self._unfinished()
+        now = time.time()
+        if pending and now - self._queried >= self._cluster.limits.query_interval:
+            try:
+                self._states = self._cluster.states(pending)
+                self._queried = now
+            except ClusterError as error:
+                # A scheduler that does not answer says nothing about jobs: wait, conclude nothing.
+                self._tell(f"scheduler does not answer, waiting: {error}")
+        done = {name: self._run.job(name).done(self._graph.fingerprints[name]).keys() for name in self._graph.jobs}
+        failures = {name: self._run.job(name).failures() for name in self._graph.jobs}
+        self._tell_reports()
+        for submission in pending:
+            states = self._states.get(submission.name, {})
+            for index in range(len(submission.shards)):
+                state = states.get(index)
+                if self._queried <= submission.time or (state is not None and state.alive):
+                    self._over_since.pop((submission.name, index), None)
+                else:
+                    self._over_since.setdefault((submission.name, index), now)
+        return View(
+            done=done,
+            failures=failures,
+            submissions=pending,
+            states=self._states,
+            queried=self._queried,
+            over_since=self._over_since,
+            fence=self._journal.fence,
+            now=time.time(),
+        )
+
+    def _unfinished(self) -> list[Submission]:
+        """Submissions of this graph with a shard that is neither done nor known to have failed."""
+        found: list[Submission] = []
+        for submission in self._journal.submissions.values():
+            if submission.job not in self._graph.jobs:
+                continue
+            folder = self._run.job(submission.job)
+            done = folder.done(self._graph.fingerprints[submission.job])
+            failed = {failure.attempt.rsplit(".", 1)[0] for failure in folder.failures()}
+            if any(
+                shard not in done and f"{submission.name}.{index}" not in failed
+                for index, shard in enumerate(submission.shards)
+            ):
+                found.append(submission)
+        return found
+
+    def _tell_reports(self) -> None:
+        for name in self._graph.jobs:
+            folder = self._run.job(name)
+            while folder.reports:
+                report = folder.reports.pop(0)
+                self._tell(report)
+                self._journal.note("report", message=report)
+
+    def _record(self, record: RecordFailure) -> None:
+        submission = self._journal.submissions[record.submission]
+        self._run.job(record.job).record_failure(
+            Failure(
+                job=record.job,
+                shard=record.shard,
+                attempt=f"{record.submission}.{record.index}.driver",
+                fence=submission.fence,
+                kind=record.kind,
+                message=record.message,
+                host=platform.node(),
+                log=find_log(self._run, submission, record.index),
+                time=time.time(),
+            )
+        )
+        self._over_since.pop((record.submission, record.index), None)
+        if record.kind != "dependency":
+            self._tell(f"{record.job} shard {record.shard}: {record.kind}, {record.message}")
+
+    def _submit(self, submit: Submit) -> None:
+        if not self._lease.holds():
+            raise RunFailed(f"{self._run.path}: another driver has taken over this run; this one stops.")
+        submission = self._journal.intend(self._run_id, submit.job, submit.shards, submit.after)
+        after = [self._journal.submissions[dependency.after] for dependency in submit.after]
+        try:
+            identifier = self._cluster.submit(self._run, self._graph.jobs[submit.job], submission, after)
+        except SubmitRefused as error:
+            self._journal.refused(submission, str(error))
+            raise
+        except ClusterError as error:
+            # It may have been taken all the same: it is looked up by name before anything is sent again.
+            self._tell(f"{error}")
+            return
+        self._journal.submitted(submission, identifier)
+        waits = f", after {', '.join(sorted({each.job for each in after}))}" if after else ""
+        self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}")
+
+    def cancel(self) -> None:
+        """Stop all shards that wait or run; what is done stays done, and the run can be resumed."""
+        pending = self._unfinished()
+        self._journal.note("cancel", submissions=[submission.name for submission in pending])
+        self._cluster.cancel(pending)
+
+
+def explain(run: Run, given_up: tuple[GivenUp, ...]) -> str:
+    """Why a run cannot go on: which shards, their errors, and what to type."""
+    lines = [f"{run.path}: cannot go on."]
+    for given in given_up[:5]:
+        failure = given.failure
+        lines.append(f"{given.job} shard {given.shard}: {failure.kind}: {failure.message}")
+        if failure.log:
+            lines.append(f"  log: {failure.log}")
+        lines.append(f"  what to do: {KINDS[failure.kind].advice}")
+    if len(given_up) > 5:
+        lines.append(f"... and {len(given_up) - 5} more shards")
+    if given_up:
+        lines.append(f"To see more, type: python -m aipo_hpc logs {run.path} {given_up[0].job} {given_up[0].shard}")
+    lines.append("Then type the same command again: what is done stays done.")
+    return "\n".join(lines)
+
+
+def find_log(run: Run, submission: Submission, index: int) -> str:
+    """The log of an element's first process, as submitit names it; empty if there is none."""
+    if submission.id is None:
+        return ""
+    base = submission.id.split(":")[0]
+    for name in (f"{base}_{index}_0_log.out", f"{base}_0_log.out"):
+        path: Path = run.job(submission.job).logs / name
+        if path.is_file():
+            return str(path)
+    return ""
+
+
+def _some(shards: tuple[int, ...]) -> str:
+    return f"{len(shards)} shards" if len(shards) > 1 else f"shard {shards[0]}"

@@ -1,0 +1,84 @@
+"""Sampling with vLLM: requests go in one by one with seeds of their own and come out as they finish.
+
+A window of requests is kept queued, so the batch never drains and memory does not grow with the shard; a request that vLLM
+refuses is reported and hurts no other.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
+
+from aipo_hpc.engines import Completion, Request
+from aipo_hpc.stages.generate import GenerateConfig
+
+_WINDOW = 4
+"""Requests kept queued, in multiples of max_num_seqs."""
+
+
+class VllmEngine:
+    """A vLLM engine; its worker processes end with this process."""
+
+    def __init__(self, config: GenerateConfig, model: str) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+
+        self._config = config
+        self._llm = LLM(
+            model=model,
+            dtype=config.dtype,
+            max_model_len=config.max_prompt_tokens + config.max_tokens,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
+
+    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+        """Yield each completion as it finishes."""
+        engine = self._llm.llm_engine
+        waiting = iter(chain.from_iterable(requests))
+        flying: dict[str, Request] = {}
+        names = map(str, count())
+        while True:
+            for request in islice(waiting, _WINDOW * self._config.max_num_seqs - len(flying)):
+                name = next(names)
+                error = self._add(name, request)
+                if error is None:
+                    flying[name] = request
+                else:
+                    yield Completion(request, "", "error", 0, error)
+            if not flying:
+                return
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                request = flying.pop(output.request_id)
+                sample = output.outputs[0]
+                reason = str(sample.finish_reason)
+                if reason not in ("stop", "length"):
+                    yield Completion(request, "", "error", 0, f"vllm finished it with {reason!r}")
+                    continue
+                yield Completion(request, sample.text, reason, len(sample.token_ids))
+
+    def _add(self, name: str, request: Request) -> str | None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.sampling_params import RequestOutputKind
+
+        config = self._config
+        params = SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_tokens,
+            seed=request.seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+        except (ValueError, TypeError, VLLMClientError) as error:
+            return f"vllm refused it: {error}"
+        return None
+

@@ -1,0 +1,248 @@
+"""The graph: a run as jobs with named inputs, built from a recipe by a pure function.
+
+    iter-00   prompts ─┬─ generate ── rank ── pairs ── reference ── train ── answers ── evaluate
+                       └─ baseline ─────────────────────────────────────────────────────┘
+    iter-01   generate (policy: iter-00/train) ── rank ── ...
+
+``answers`` and ``baseline`` are the stage ``generate`` over the held-out prompts, with the new and with the initial policy.
+The policy of an iteration, which is also its reference, is the model that the iteration before it trained.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aipo_hpc.errors import GraphError
+from aipo_hpc.identity import identify
+from aipo_hpc.recipe import Recipe
+from aipo_hpc.resources import Resources
+from aipo_hpc.settings import content
+from aipo_hpc.stages import evaluate, generate, pairs, prompts, rank, reference, train
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of job: its module (settings class and ``run``) and the version of what it computes.
+
+    Raise ``version`` when a change of the code changes results: finished work of another version then counts as drift.
+    """
+
+    module: str
+    config: type[Any]
+    version: int = 1
+
+
+STAGES: Mapping[str, Stage] = {
+    "prompts": Stage("aipo_hpc.stages.prompts", prompts.PromptsConfig),
+    "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
+    "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
+    "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
+    "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig),
+    "train": Stage("aipo_hpc.stages.train", train.TrainConfig),
+    "evaluate": Stage("aipo_hpc.stages.evaluate", evaluate.EvaluateConfig),
+}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An input made by another job: by all of its shards, or shard by shard; ``part`` names the files, or a folder/."""
+
+    job: str
+    part: str
+    by: Literal["all", "shard"] = "all"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An input from outside the run: where it is now, and what it is (its identity, which is in the fingerprint)."""
+
+    value: str
+    identity: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage at one iteration. ``name`` is its identity; the fingerprint tells whether its content changed."""
+
+    name: str
+    stage: str
+    iteration: int
+    num_shards: int
+    seed: int
+    config: Any
+    inputs: Mapping[str, Edge | Outside]
+    resources: Resources | None = None
+    """None: runs where the run is launched, before anything is submitted."""
+
+    @property
+    def edges(self) -> dict[str, Edge]:
+        """The inputs that other jobs make."""
+        return {name: source for name, source in self.inputs.items() if isinstance(source, Edge)}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Jobs in an order in which each comes after its inputs, with their fingerprints and contents."""
+
+    jobs: Mapping[str, Job]
+    contents: Mapping[str, dict[str, Any]]
+    fingerprints: Mapping[str, str]
+
+    def downstream(self, name: str) -> list[str]:
+        """``name`` and all jobs that depend on it, in order."""
+        found = {name}
+        for job in self.jobs.values():
+            if any(edge.job in found for edge in job.edges.values()):
+                found.add(job.name)
+        return [job for job in self.jobs if job in found]
+
+
+def make_graph(jobs: list[Job]) -> Graph:
+    """Check jobs, which come after their inputs, and tell their fingerprints.
+
+    Raises GraphError for a name used twice, an unknown input, one that comes later (so that jobs would wait for each other),
+    or a shard-by-shard input with another number of shards.
+    """
+    named: dict[str, Job] = {}
+    contents: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, str] = {}
+    for job in jobs:
+        if job.name in named:
+            raise GraphError(f"{job.name}: two jobs have this name")
+        for name, edge in job.edges.items():
+            if edge.job not in named:
+                raise GraphError(
+                    f"{job.name}: input {name!r} names job {edge.job!r}, which is not among the jobs before it: {list(named)}"
+                )
+            if edge.by == "shard" and named[edge.job].num_shards != job.num_shards:
+                raise GraphError(
+                    f"{job.name}: input {name!r} is read shard by shard, but {edge.job} has "
+                    f"{named[edge.job].num_shards} shards and {job.name} has {job.num_shards}"
+                )
+        named[job.name] = job
+        contents[job.name] = job_content(job, fingerprints)
+        fingerprints[job.name] = digest(contents[job.name])
+    return Graph(named, contents, fingerprints)
+
+
+def job_content(job: Job, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What decides the result of a job: settings, inputs' identities, number of shards, seed, version of the stage."""
+    inputs = {
+        name: {"job": source.job, "part": source.part, "by": source.by, "fingerprint": fingerprints[source.job]}
+        if isinstance(source, Edge)
+        else {"identity": source.identity}
+        for name, source in sorted(job.inputs.items())
+    }
+    return {
+        "stage": job.stage,
+        "version": STAGES[job.stage].version,
+        "iteration": job.iteration,
+        "num_shards": job.num_shards,
+        "seed": job.seed,
+        "settings": content(job.config),
+        "inputs": inputs,
+    }
+
+
+def digest(value: dict[str, Any]) -> str:
+    """SHA-256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def build_graph(recipe: Recipe) -> Graph:
+    """The jobs of a recipe. Reads outside models and prompt files only to tell their identity."""
+    policy_name, ranker_name = recipe.model_name_or_path, recipe.rank.model_name_or_path
+    initial = Outside(policy_name, identify(policy_name, recipe.revision), recipe.revision)
+    source = Outside(recipe.prompts, identify(recipe.prompts, recipe.data.revision), recipe.data.revision)
+    ranker = Outside(ranker_name, identify(ranker_name, recipe.rank.revision), recipe.rank.revision)
+    judge_name = recipe.evaluate.model_name_or_path or recipe.rank.model_name_or_path
+    judge_revision = recipe.evaluate.revision if recipe.evaluate.model_name_or_path else recipe.rank.revision
+    judge = Outside(judge_name, identify(judge_name, judge_revision), judge_revision)
+    # Rankers are inputs, known by what they hold; where they lie is not a setting of the jobs.
+    evaluation = dataclasses.replace(
+        recipe.evaluate, ranker=recipe.evaluate.ranker or recipe.rank.ranker, model_name_or_path="", revision=None
+    )
+    ranking = dataclasses.replace(recipe.rank, model_name_or_path="", revision=None, num_shards=None)
+    answers = dataclasses.replace(
+        recipe.generate,
+        n=1,
+        num_prompts=None,
+        temperature=evaluation.temperature,
+        num_shards=evaluation.num_shards,
+    )
+    jobs: list[Job] = []
+
+    def add(
+        iteration: int,
+        name: str,
+        config: Any,
+        inputs: dict[str, Edge | Outside],
+        num_shards: int = 1,
+        stage: str | None = None,
+    ) -> str:
+        path = f"iter-{iteration:02d}/{name}"
+        resources = getattr(config, "resources", None)
+        jobs.append(Job(path, stage or name, iteration, num_shards, recipe.seed, config, inputs, resources))
+        return path
+
+    prompts_job = add(0, "prompts", recipe.data, {"source": source})
+    baseline_inputs: dict[str, Edge | Outside] = {"prompts": Edge(prompts_job, prompts.HELD_OUT), "policy": initial}
+    baseline_job = add(0, "baseline", answers, baseline_inputs, evaluation.num_shards, "generate")
+    policy: Edge | Outside = initial
+    for iteration in range(recipe.iterations):
+        shards = recipe.generate.num_shards
+        generated = add(
+            iteration,
+            "generate",
+            recipe.generate,
+            {"prompts": Edge(prompts_job, prompts.TRAIN), "policy": policy},
+            shards,
+        )
+        ranked = add(
+            iteration,
+            "rank",
+            ranking,
+            {"responses": Edge(generated, "rows.parquet", "shard"), "ranker": ranker},
+            shards,
+        )
+        paired = add(
+            iteration, "pairs", recipe.pairs, {"ranked": Edge(ranked, "rows.parquet"), "policy": policy}
+        )
+        referenced = add(
+            iteration,
+            "reference",
+            recipe.reference,
+            {"pairs": Edge(paired, pairs.PAIRS), "reference": policy},
+            recipe.reference.num_shards,
+        )
+        trained = add(
+            iteration,
+            "train",
+            recipe.train,
+            {"pairs": Edge(referenced, "rows.parquet"), "policy": policy},
+        )
+        policy = Edge(trained, "model/")
+        answered = add(
+            iteration,
+            "answers",
+            answers,
+            {"prompts": Edge(prompts_job, prompts.HELD_OUT), "policy": policy},
+            evaluation.num_shards,
+            "generate",
+        )
+        add(
+            iteration,
+            "evaluate",
+            evaluation,
+            {
+                "answers": Edge(answered, "rows.parquet"),
+                "baseline": Edge(baseline_job, "rows.parquet"),
+                "ranker": judge,
+            },
+        )
+    return make_graph(jobs)

@@ -1,0 +1,74 @@
+"""What the driver did, told by its journal: launches with their fencing numbers, and submissions.
+
+The intent to submit is written before the scheduler is asked and its answer after, so that a driver killed in between
+leaves a submission without an id, which its successor looks up by name instead of sending it twice.
+"""
+
+import time
+from dataclasses import asdict, replace
+
+from aipo_hpc.clusters import Dependency, Submission
+from aipo_hpc.store import Run
+
+
+class Journal:
+    """The driver's view of a run's journal."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.fence = 0
+        self.submissions: dict[str, Submission] = {}
+        self._numbers = 0
+        for event in run.read_journal():
+            self._replay(event)
+
+    def _replay(self, event: dict[str, object]) -> None:
+        kind = event["event"]
+        if kind == "launch":
+            self.fence = max(self.fence, int(str(event["fence"])))
+        elif kind == "submit":
+            fields = {key: event[key] for key in ("name", "job", "shards", "after", "fence", "time")}
+            after = tuple(Dependency(**each) for each in fields["after"])  # type: ignore[attr-defined]
+            shards = tuple(fields["shards"])  # type: ignore[arg-type]
+            submission = Submission(**{**fields, "after": after, "shards": shards})  # type: ignore[arg-type]
+            self.submissions[submission.name] = submission
+            self._numbers = max(self._numbers, int(submission.name.rsplit("-", 1)[1]))
+        elif kind == "submitted":
+            name = str(event["name"])
+            self.submissions[name] = replace(self.submissions[name], id=str(event["id"]))
+        elif kind == "refused":
+            self.submissions.pop(str(event["name"]), None)
+        elif kind == "reset":
+            jobs = event["jobs"]
+            assert isinstance(jobs, list)
+            self.submissions = {name: each for name, each in self.submissions.items() if each.job not in jobs}
+
+    def launch(self, **fields: object) -> int:
+        """Note that a driver begins; returns its fencing number, higher than any before."""
+        self.fence += 1
+        self._run.append_journal("launch", fence=self.fence, **fields)
+        return self.fence
+
+    def intend(self, run_id: str, job: str, shards: tuple[int, ...], after: tuple[Dependency, ...]) -> Submission:
+        """Note the intent to submit and return the submission with its unique name."""
+        self._numbers += 1
+        name = f"aipo-{run_id}-{self._numbers}"
+        submission = Submission(name, job, shards, after, self.fence, time.time())
+        fields = {key: value for key, value in asdict(submission).items() if key not in ("id", "time")}
+        self._run.append_journal("submit", **fields)
+        self.submissions[name] = submission
+        return submission
+
+    def submitted(self, submission: Submission, identifier: str) -> None:
+        """Note the scheduler's answer."""
+        self._run.append_journal("submitted", name=submission.name, id=identifier)
+        self.submissions[submission.name] = replace(submission, id=identifier)
+
+    def refused(self, submission: Submission, message: str) -> None:
+        """Note that the scheduler did not take it."""
+        self._run.append_journal("refused", name=submission.name, message=message)
+        del self.submissions[submission.name]
+
+    def note(self, event: str, **fields: object) -> None:
+        """Note anything else that was decided."""
+        self._run.append_journal(event, **fields)

@@ -1,0 +1,109 @@
+"""Start a run, or resume it: ``python -m aipo_hpc.launch recipe=ultrafeedback [field=value ...]``.
+
+Everything that can be checked is checked before anything is submitted; then the run directory is written, prompts are read,
+and the driver takes over. Typed again, the same command goes on where the run stands.
+"""
+
+import sys
+import uuid
+from collections.abc import Sequence
+
+from aipo_hpc import settings
+from aipo_hpc.arguments import parse_recipe
+from aipo_hpc.clusters import Cluster, make_cluster
+from aipo_hpc.drift import refuse_drift
+from aipo_hpc.driver import Cancelled, Driver
+from aipo_hpc.errors import AipoError, RunError, UserError
+from aipo_hpc.graph import Graph, build_graph
+from aipo_hpc.journal import Journal
+from aipo_hpc.lease import Lease
+from aipo_hpc.preflight import resolve
+from aipo_hpc.recipe import Recipe, validate
+from aipo_hpc.record import job_record
+from aipo_hpc.report import print_report
+from aipo_hpc.store import Run
+from aipo_hpc.terminal import Screen
+from aipo_hpc.worker import Envelope
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 finished, 1 the run failed, 2 the user has to mend something."""
+    try:
+        launch(parse_recipe(sys.argv[1:] if arguments is None else arguments, "python -m aipo_hpc.launch"))
+    except AipoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except Cancelled:
+        print("cancelled; what is done stays done, the same command resumes", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print(
+            "driver stopped; jobs that were sent go on by themselves on Slurm. The same command takes them up again; "
+            "`python -m aipo_hpc cancel <run>` stops them.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
+    """Check, prepare and drive a run until it is finished (or as ``recipe.drive`` says); returns the run."""
+    validate(recipe)
+    run = Run(recipe.folder())
+    graph = resolve(build_graph(recipe))
+    run_id = check_run(run, recipe, graph)
+    if cluster is None and recipe.drive != "prepare":
+        cluster = make_cluster(recipe)
+    if cluster is not None:
+        cluster.check(graph)
+    run.create()
+    screen = Screen(graph, run)
+    with Lease(run) as lease:
+        run.write_recipe({"run_id": run_id, "recipe": recipe.name, "settings": settings.everything(recipe)})
+        journal = Journal(run)
+        journal.launch(cluster=recipe.cluster, drive=recipe.drive)
+        for job in graph.jobs.values():
+            run.job(job.name).create(job_record(graph, job, recipe.payload_timeout))
+        run_here(run, graph, journal, screen)
+        if cluster is None:
+            screen.tell(f"prepared {run.path}; nothing was submitted")
+            return run
+        driver = Driver(run, run_id, graph, cluster, journal, lease, screen.tell, screen.show)
+        with screen:
+            if recipe.drive == "once":
+                if not driver.tick().finished:
+                    return run
+            else:
+                driver.follow(recipe.poll_seconds)
+    print_report(run, graph)
+    return run
+
+
+def check_run(run: Run, recipe: Recipe, graph: Graph) -> str:
+    """Make sure that the run directory is this recipe's and its settings are the same; returns the run's id."""
+    if not run.exists():
+        return uuid.uuid4().hex[:8]
+    written = run.read_recipe()
+    if written["recipe"] != recipe.name:
+        raise RunError(
+            f"{run.path}: is a run of recipe {written['recipe']!r}, not of {recipe.name!r}. "
+            "Give this one a place of its own with run_dir=..."
+        )
+    refuse_drift(run, graph)
+    return str(written["run_id"])
+
+
+def run_here(run: Run, graph: Graph, journal: Journal, screen: Screen) -> None:
+    """Do the jobs that belong to the launch itself (reading the prompts), so that their errors come before submissions."""
+    for job in graph.jobs.values():
+        if job.resources is not None:
+            continue
+        done = run.job(job.name).done(graph.fingerprints[job.name])
+        for shard in range(job.num_shards):
+            if shard not in done:
+                screen.tell(f"{job.name}: reading")
+                Envelope(str(run.path), job.name, shard, f"launch-{journal.fence}", shard, journal.fence).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Checks before anything is submitted: models are there and fit to chat; hub names become local folders.
+
+Models are fetched (or found in the cache) where the run is launched, so compute nodes need no network, and what a run uses
+is pinned to what was there at its launch.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from aipo_hpc.errors import DataError
+from aipo_hpc.graph import Edge, Graph, Job, Outside
+from aipo_hpc.identity import looks_local
+
+
+def resolve(graph: Graph) -> Graph:
+    """The graph with every outside input checked and given as an absolute local path (datasets of the hub as they are).
+
+    Raises DataError for what is missing or cannot be used.
+    """
+    known: dict[tuple[str, Outside], Outside] = {}
+
+    def resolved(name: str, source: Edge | Outside) -> Edge | Outside:
+        if isinstance(source, Edge):
+            return source
+        kind = "policy" if name == "reference" else name
+        if (kind, source) not in known:
+            known[kind, source] = dataclasses.replace(source, value=_check(kind, source))
+        return known[kind, source]
+
+    def with_inputs(job: Job) -> Job:
+        return dataclasses.replace(job, inputs={name: resolved(name, source) for name, source in job.inputs.items()})
+
+    return dataclasses.replace(graph, jobs={name: with_inputs(job) for name, job in graph.jobs.items()})
+
+
+def _check(kind: str, source: Outside) -> str:
+    if kind == "source":
+        path = Path(source.value).expanduser()
+        return str(path.resolve()) if path.exists() else source.value
+    folder = _folder(kind, source)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")
+    if kind == "policy":
+        _check_chat_template(folder)
+    return str(folder)
+
+
+def _folder(kind: str, source: Outside) -> Path:
+    path = Path(source.value).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if looks_local(source.value):
+        raise DataError(f"{kind} {source.value!r}: no such folder as {path.absolute()}. Give a model's folder or hub name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.value, revision=source.revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"{kind} {source.value!r}: not a folder here, and the hub does not give it: {error}\n"
+            "Give the path of a local folder, or fetch it first where there is a network "
+            f"(hf download {source.value}) and set HF_HOME to that cache."
+        ) from error
+
+
+def _check_chat_template(folder: Path) -> None:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{folder}: no readable tokenizer_config.json ({error}). Save the tokenizer beside the model.") from error
+    if not settings.get("chat_template"):
+        raise DataError(
+            f"{folder}: its tokenizer has no chat template, so it is not known how a prompt is put to this model. "
+            "Use an instruction-tuned model, or add chat_template.jinja to the folder."
+        )

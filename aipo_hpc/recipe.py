@@ -1,0 +1,179 @@
+"""A recipe: the typed settings of a whole run, and where recipes are found.
+
+A recipe is a Python file with a function ``recipe() -> Recipe``; a variant is ``dataclasses.replace`` of another. Those that
+come with the package are found by name, any other by its path.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import tyro
+
+from aipo_hpc import engines, rankers
+from aipo_hpc.errors import RecipeError
+from aipo_hpc.settings import tuning
+from aipo_hpc.stages.evaluate import EvaluateConfig
+from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.stages.pairs import PairsConfig
+from aipo_hpc.stages.prompts import PromptsConfig
+from aipo_hpc.stages.rank import RankConfig
+from aipo_hpc.stages.reference import ReferenceConfig
+from aipo_hpc.stages.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """How this site wants its jobs. Passed on to sbatch through submitit; never part of a run's content."""
+
+    account: str | None = tuning(None)
+    """Account to charge."""
+    partition: str | None = tuning(None)
+    """Partition of all jobs that name none of their own in their resources."""
+    qos: str | None = tuning(None)
+    """Quality of service."""
+    constraint: str | None = tuning(None)
+    """Node features."""
+    exclude: str | None = tuning(None)
+    """Nodes to keep off."""
+    setup: tuple[str, ...] = tuning(())
+    """Shell lines run on the node before the job, e.g. 'module load cuda'."""
+    srun_args: tuple[str, ...] = tuning(())
+    """More arguments of srun, e.g. '--container-image=...'."""
+    python: str | None = tuning(None)
+    """Command that starts Python on the node, e.g. inside a container (None: this interpreter)."""
+    sbatch_args: dict[str, str] = field(default_factory=dict, metadata={"tuning": True})
+    """More options of sbatch by their long names, e.g. reservation maintenance."""
+    query_seconds: float = tuning(20.0)
+    """Least time between two queries of the scheduler, in seconds. Finished shards are seen earlier, by their files."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run. ``prompts`` and the models are names of the hub or local paths."""
+
+    name: str = "unnamed"
+    """Name of the recipe; a run directory belongs to one."""
+    model_name_or_path: str = ""
+    """The initial policy: an instruction-tuned model."""
+    revision: str | None = None
+    """Revision of the initial policy on the hub."""
+    prompts: str = ""
+    """Where the prompts come from: a Hugging Face dataset id, or a local .jsonl or .parquet file."""
+    iterations: int = 3
+    """Iterations of generate, rank, pairs, reference, train, evaluate. May be raised later to go on with a run."""
+    seed: int = 42
+    """Seed of everything that is drawn."""
+    data: PromptsConfig = PromptsConfig()
+    generate: GenerateConfig = GenerateConfig()
+    rank: RankConfig = RankConfig()
+    pairs: PairsConfig = PairsConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: Literal["local", "slurm", "inline"] = tuning("slurm")
+    """Where jobs run: slurm, local (this machine, all its GPUs), inline (in this process)."""
+    slurm: SlurmConfig = tuning(SlurmConfig())
+    run_dir: str | None = tuning(None)
+    """Folder of the run, on a file system that all nodes share (None: runs/<name>)."""
+    drive: Literal["follow", "once", "prepare"] = tuning("follow")
+    """follow: until the run ends; once: one look, for cron; prepare: write the run directory, submit nothing."""
+    poll_seconds: float = tuning(2.0)
+    """Time between two looks at the run's files, in seconds."""
+    payload_timeout: float = tuning(120.0)
+    """How long a worker waits for the files of a finished input to become visible on its node, in seconds."""
+
+    def folder(self) -> Path:
+        """The run's directory."""
+        return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise RecipeError for the first value that does not make sense."""
+    for ranker in filter(None, (recipe.rank.ranker, recipe.evaluate.ranker)):
+        rankers.check_ranker(ranker)
+    if recipe.generate.engine not in engines.ENGINES:
+        raise engines.unknown_engine(recipe.generate.engine)
+    if recipe.pairs.selection != "best_worst":
+        raise RecipeError(f"pairs.selection={recipe.pairs.selection!r}: no such selection; there is best_worst.")
+    wrong = [
+        (not recipe.model_name_or_path, "model_name_or_path is not set: give the initial policy, a path or hub name."),
+        (not recipe.prompts, "prompts is not set: give a dataset id or the path of a .jsonl or .parquet file."),
+        (not recipe.rank.model_name_or_path, "rank.model_name_or_path is not set: give the ranker, a path or hub name."),
+        (recipe.iterations < 1, f"iterations={recipe.iterations}: must be at least 1."),
+        (
+            recipe.generate.n < 2,
+            f"generate.n={recipe.generate.n}: pairs.selection=best_worst needs at least 2 candidates per prompt.",
+        ),
+        (recipe.generate.temperature < 0, f"generate.temperature={recipe.generate.temperature}: must not be negative."),
+        (
+            recipe.generate.temperature == 0,
+            "generate.temperature=0 samples the same candidate n times, so no pair could be made: set it above 0.",
+        ),
+        (not 0 < recipe.generate.top_p <= 1, f"generate.top_p={recipe.generate.top_p}: must be in (0, 1]."),
+        (recipe.data.num_held_out < 1, f"data.num_held_out={recipe.data.num_held_out}: must be at least 1."),
+        (
+            recipe.rank.num_shards not in (None, recipe.generate.num_shards),
+            f"rank.num_shards={recipe.rank.num_shards}: must equal generate.num_shards={recipe.generate.num_shards}, "
+            "since shard i of rank reads shard i of generate. Leave it unset.",
+        ),
+    ]
+    positive = {
+        "generate.num_shards": recipe.generate.num_shards,
+        "generate.max_tokens": recipe.generate.max_tokens,
+        "generate.batch_size": recipe.generate.batch_size,
+        "evaluate.num_shards": recipe.evaluate.num_shards,
+    }
+    wrong += [(value < 1, f"{name}={value}: must be at least 1.") for name, value in positive.items()]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise RecipeError(f"recipe {recipe.name!r}: {message}")
+
+
+def recipes_folder() -> Path:
+    """Where the recipes that come with the package are: inside it when installed, beside it in a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in recipes_folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Return the recipe of that name, or the one in the Python file of that path.
+
+    Raises RecipeError when there is none, or when the file does not define ``recipe() -> Recipe``.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".py":
+        names = known_recipes()
+        if name_or_path not in names:
+            close = get_close_matches(name_or_path, names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(
+                f"recipe {name_or_path!r} is not known; there are {', '.join(names)}.{hint} "
+                "A recipe of your own is given by its path: recipe=path/to/mine.py"
+            )
+        path = recipes_folder() / f"{name_or_path}.py"
+    if not path.is_file():
+        raise RecipeError(f"recipe {name_or_path!r}: no such file as {path.resolve()}.")
+    made = getattr(_module(path), "recipe", None)
+    if not callable(made):
+        raise RecipeError(f"{path}: does not define a function recipe() that returns an aipo_hpc.recipe.Recipe.")
+    recipe = made()
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: recipe() returned {type(recipe).__name__}, not an aipo_hpc.recipe.Recipe.")
+    return recipe
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"aipo_hpc_recipe_{path.stem.replace('-', '_')}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

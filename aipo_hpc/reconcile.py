@@ -1,0 +1,253 @@
+"""What to do next, decided from the graph, the files and the scheduler's view alone: a pure function.
+
+It keeps no state, so a driver may die anywhere and another goes on by the same rules:
+
+* a shard with a valid sentinel is done, whatever the scheduler says; without one it is not;
+* a shard of a living element is left alone, also while the scheduler's view is older than its submission;
+* an element that ended without a sentinel and without a recorded failure gets one recorded, of the scheduler's class;
+* one that the scheduler does not know is neither done nor failed until it has been looked for some time;
+* missing shards whose inputs are done are submitted; where the cluster knows dependencies, also those whose inputs are
+  being computed: element by element against an array of the same shards, else against all of them;
+* a shard that failed more often than its class of failure tolerates is given up, and stops neither its siblings nor
+  anything that does not need it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
+from aipo_hpc.failures import KINDS
+from aipo_hpc.graph import Edge, Graph, Job
+from aipo_hpc.store import Failure
+
+LOST_AFTER = 60.0
+"""Seconds for which an element must be unknown to the scheduler before it counts as lost."""
+
+Element = tuple[str, int]
+"""A submission's name and an index in it."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at the world."""
+
+    done: Mapping[str, AbstractSet[int]]
+    """Finished shards by job."""
+    failures: Mapping[str, Sequence[Failure]]
+    """Recorded failures by job."""
+    submissions: Sequence[Submission]
+    states: Mapping[str, Mapping[int, TaskState]]
+    """The scheduler's last answer, by submission and index."""
+    queried: float
+    """When the scheduler gave that answer."""
+    over_since: Mapping[Element, float]
+    """Since when an element has been seen ended, or unknown."""
+    fence: int
+    """Fencing number of this launch: failures of earlier ones are forgiven."""
+    now: float
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Send these shards of a job."""
+
+    job: str
+    shards: tuple[int, ...]
+    after: tuple[Dependency, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordFailure:
+    """Keep that an element ended without having said why."""
+
+    submission: str
+    job: str
+    shard: int
+    index: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """A shard that failed too often."""
+
+    job: str
+    shard: int
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, and how things stand."""
+
+    submit: tuple[Submit, ...] = ()
+    record: tuple[RecordFailure, ...] = ()
+    given_up: tuple[GivenUp, ...] = ()
+    alive: Mapping[str, Mapping[int, bool]] = field(default_factory=dict)
+    """Shards that wait or run, by job; True: the scheduler says that it runs."""
+    finished: bool = False
+
+    @property
+    def stuck(self) -> bool:
+        """Nothing runs, nothing can be sent, and it is not finished."""
+        return not (self.finished or self.submit or self.record or any(self.alive.values()))
+
+
+def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
+    """Decide what to do next."""
+    alive, record = _living(view, limits)
+    jobs = [job for job in graph.jobs.values() if job.resources is not None]
+    given_up = [given for job in jobs for given in _given_up(job, view, alive[job.name] if job.name in alive else {})]
+    hopeless = {(given.job, given.shard) for given in given_up}
+    recorded = {(each.job, each.shard) for each in record}
+    submit: list[Submit] = []
+    if not record:
+        room = _Room(limits, graph, alive)
+        for job in jobs:
+            missing = [
+                shard
+                for shard in range(job.num_shards)
+                if shard not in view.done.get(job.name, ())
+                and shard not in alive.get(job.name, {})
+                and (job.name, shard) not in hopeless
+                and (job.name, shard) not in recorded
+            ]
+            for send in _submissions(job, missing, graph, view, alive, limits):
+                submit += room.fit(job, send)
+    finished = all(len(view.done.get(job.name, ())) == job.num_shards for job in graph.jobs.values())
+    return Decision(
+        tuple(submit),
+        tuple(record),
+        tuple(given_up),
+        {job: {shard: running for shard, (_, running) in shards.items()} for job, shards in alive.items()},
+        finished,
+    )
+
+
+Living = dict[str, dict[int, tuple[Submission, bool]]]
+"""By job and shard: the submission that computes it, and whether it is known to run."""
+
+
+def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
+    """Which shards are being computed, and which elements ended without a word."""
+    alive: Living = {}
+    record: list[RecordFailure] = []
+    failed = {
+        failure.attempt.rsplit(".", 1)[0] for failures in view.failures.values() for failure in failures
+    }
+    for submission in view.submissions:
+        states = view.states.get(submission.name, {})
+        for index, shard in enumerate(submission.shards):
+            if shard in view.done.get(submission.job, ()) or f"{submission.name}.{index}" in failed:
+                continue
+            state = states.get(index)
+            if state is not None and state.alive or view.queried <= submission.time:
+                running = state is not None and state.running
+                alive.setdefault(submission.job, {})[shard] = (submission, running)
+                continue
+            patience = LOST_AFTER if state is None else limits.settle
+            if view.now - view.over_since.get((submission.name, index), view.now) < patience:
+                alive.setdefault(submission.job, {})[shard] = (submission, False)
+                continue
+            kind = "lost" if state is None else state.kind or "no_sentinel"
+            message = state.detail if state is not None and state.detail else KINDS[kind].advice
+            record.append(RecordFailure(submission.name, submission.job, shard, index, kind, message))
+    return alive, record
+
+
+def _given_up(job: Job, view: View, alive: Mapping[int, object]) -> Iterable[GivenUp]:
+    counts: Counter[tuple[int, str]] = Counter()
+    last: dict[int, Failure] = {}
+    attempts: set[tuple[int, str]] = set()
+    for failure in view.failures.get(job.name, ()):
+        if failure.fence < view.fence or (failure.shard, failure.attempt) in attempts:
+            continue
+        attempts.add((failure.shard, failure.attempt))
+        counts[failure.shard, failure.kind] += 1
+        last[failure.shard] = failure
+    for shard, failure in sorted(last.items()):
+        if shard in view.done.get(job.name, ()) or shard in alive:
+            continue
+        if any(counts[shard, kind] > KINDS[kind].tolerated for kind in KINDS):
+            yield GivenUp(job.name, shard, failure)
+
+
+def _submissions(
+    job: Job, missing: Sequence[int], graph: Graph, view: View, alive: Living, limits: Limits
+) -> Iterable[Submit]:
+    """The submissions that would cover the missing shards whose inputs are there or on their way."""
+    if not missing:
+        return
+    whole = [edge for edge in job.edges.values() if edge.by == "all"]
+    by_shard = [edge for edge in job.edges.values() if edge.by == "shard"]
+    waits_for: list[Submission] = []
+    for edge in whole:
+        rest = set(range(graph.jobs[edge.job].num_shards)) - set(view.done.get(edge.job, ()))
+        if not rest:
+            continue
+        on_their_way = _on_their_way(edge, rest, graph, view, alive, limits)
+        if on_their_way is None:
+            return
+        waits_for += on_their_way
+    after = tuple(Dependency(submission.name, "afterok") for submission in dict.fromkeys(waits_for))
+    ready = [shard for shard in missing if all(shard in view.done.get(edge.job, ()) for edge in by_shard)]
+    yield from _chunks(job, ready, after, limits)
+    if not limits.dependencies or len(by_shard) != 1:
+        return
+    (edge,) = by_shard
+    rest = set(missing) - set(ready)
+    for submission in dict.fromkeys(alive[edge.job][shard][0] for shard in rest if shard in alive.get(edge.job, {})):
+        # Element i of the one array waits for element i of the other, so both must hold the same shards.
+        if rest.issuperset(submission.shards) and _on_their_way(edge, set(submission.shards), graph, view, alive, limits):
+            kind = "aftercorr" if len(submission.shards) > 1 else "afterok"
+            yield Submit(job.name, submission.shards, (*after, Dependency(submission.name, kind)))
+
+
+def _on_their_way(
+    edge: Edge, shards: set[int], graph: Graph, view: View, alive: Living, limits: Limits
+) -> list[Submission] | None:
+    """The submissions that compute these shards of an input, or None if one of them is not being computed.
+
+    Only one step ahead: what waits for its own inputs is not waited for, or one failure would take the whole chain along.
+    """
+    if not limits.dependencies or any(shard not in alive.get(edge.job, {}) for shard in shards):
+        return None
+    for source in graph.jobs[edge.job].edges.values():
+        if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
+            return None
+    return [alive[edge.job][shard][0] for shard in sorted(shards)]
+
+
+def _chunks(job: Job, shards: Sequence[int], after: tuple[Dependency, ...], limits: Limits) -> Iterable[Submit]:
+    for start in range(0, len(shards), limits.max_array_size):
+        yield Submit(job.name, tuple(shards[start : start + limits.max_array_size]), after)
+
+
+class _Room:
+    """Cores and GPUs that are left, on a cluster without a queue of its own."""
+
+    def __init__(self, limits: Limits, graph: Graph, alive: Living) -> None:
+        self._cpus, self._gpus = limits.cpus, limits.gpus
+        for name, shards in alive.items():
+            for _ in shards:
+                self._take(graph.jobs[name])
+
+    def fit(self, job: Job, send: Submit) -> list[Submit]:
+        """The submission if it fits now, else nothing; it comes again at the next look."""
+        return [send] if self._take(job) else []
+
+    def _take(self, job: Job) -> bool:
+        """Take what one shard needs, if it is there; more cores than the machine has are asked for as all of them."""
+        assert job.resources is not None
+        if self._cpus is None or self._gpus is None:
+            return True
+        cpus = job.resources.cpus_per_task * job.resources.tasks_per_node
+        gpus = job.resources.gpus_per_node
+        if self._cpus <= 0 or gpus > self._gpus:
+            return False
+        self._cpus -= cpus
+        self._gpus -= gpus
+        return True

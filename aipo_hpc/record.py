@@ -1,0 +1,65 @@
+"""job.json: a job as a worker, and anyone who looks at the run later, reads it; and back to the graph."""
+
+from typing import Any
+
+from aipo_hpc.errors import RunError
+from aipo_hpc.graph import STAGES, Edge, Graph, Job, Outside, make_graph
+from aipo_hpc.settings import everything, from_plain
+from aipo_hpc.store import Run
+
+
+def job_record(graph: Graph, job: Job, payload_timeout: float) -> dict[str, Any]:
+    """What job.json says: all that a worker needs."""
+    return {
+        "name": job.name,
+        "position": list(graph.jobs).index(job.name),
+        "stage": job.stage,
+        "iteration": job.iteration,
+        "num_shards": job.num_shards,
+        "seed": job.seed,
+        "fingerprint": graph.fingerprints[job.name],
+        "content": graph.contents[job.name],
+        "settings": everything(job.config),
+        "payload_timeout": payload_timeout,
+        "inputs": {
+            name: {
+                "job": source.job,
+                "part": source.part,
+                "by": source.by,
+                "num_shards": graph.jobs[source.job].num_shards,
+                "fingerprint": graph.fingerprints[source.job],
+            }
+            if isinstance(source, Edge)
+            else {"value": source.value, "identity": source.identity}
+            for name, source in job.inputs.items()
+        },
+    }
+
+
+def read_graph(run: Run) -> Graph:
+    """The graph of a run, from its job.json files alone. Raises RunError if there are none."""
+    run.read_recipe()
+    records = [record for name in run.job_names() if (record := run.job(name).read_job()) is not None]
+    if not records:
+        raise RunError(f"{run.path}: no jobs in it yet. Type the launch command again: it writes them.")
+    return make_graph([_job(record) for record in sorted(records, key=lambda record: record["position"])])
+
+
+def _job(record: dict[str, Any]) -> Job:
+    config = from_plain(STAGES[record["stage"]].config, record["settings"])
+    inputs = {
+        name: Edge(source["job"], source["part"], source["by"])
+        if "job" in source
+        else Outside(source["value"], source["identity"])
+        for name, source in record["inputs"].items()
+    }
+    return Job(
+        name=record["name"],
+        stage=record["stage"],
+        iteration=record["iteration"],
+        num_shards=record["num_shards"],
+        seed=record["seed"],
+        config=config,
+        inputs=inputs,
+        resources=getattr(config, "resources", None),
+    )

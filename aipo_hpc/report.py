@@ -1,0 +1,125 @@
+"""What a run achieved: one row per policy, read from the sentinels and metrics of its jobs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from aipo_hpc.graph import Graph
+from aipo_hpc.store import Run, Sentinel
+from aipo_hpc.terminal import print_table
+
+
+def print_report(run: Run, graph: Graph) -> None:
+    """Print the tables of results, pairs and times, and where the final model lies."""
+    for table in (results_table(run, graph), pairs_table(run, graph), times_table(run, graph)):
+        print_table(table)
+        print()
+    model = final_model(run, graph)
+    print(f"final model: {model}" if model else "no model is finished yet")
+
+
+def iterations(graph: Graph) -> list[int]:
+    """The iterations of a graph."""
+    return sorted({job.iteration for job in graph.jobs.values()})
+
+
+def counts(run: Run, graph: Graph, name: str) -> Mapping[str, float]:
+    """Sums of the counts of a job's finished shards (of a job with one shard: its counts)."""
+    total: dict[str, float] = {}
+    for sentinel in finished(run, graph, name).values():
+        for key, value in sentinel.counts.items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def finished(run: Run, graph: Graph, name: str) -> Mapping[int, Sentinel]:
+    """Sentinels of a job; none if the job is not in the graph."""
+    return run.job(name).done(graph.fingerprints[name]) if name in graph.jobs else {}
+
+
+def results_table(run: Run, graph: Graph) -> Table:
+    """Per iteration: win rate of the trained policy against iteration 0 (the initial policy), lengths, training."""
+    table = Table(
+        "iteration",
+        "win rate vs iteration 0",
+        "mean response length (characters)",
+        "reward accuracy",
+        "reward margin",
+        "training loss first -> last",
+        title="Policies, on held-out prompts",
+        title_justify="left",
+    )
+    baseline = counts(run, graph, "iter-00/baseline")
+    if baseline.get("candidates"):
+        length = baseline["characters"] / baseline["candidates"]
+        table.add_row("0 (initial policy)", "50.0 % (itself)", f"{length:.1f}", "", "", "")
+    for iteration in iterations(graph):
+        evaluation = counts(run, graph, f"iter-{iteration:02d}/evaluate")
+        training = counts(run, graph, f"iter-{iteration:02d}/train")
+        if not training:
+            continue
+        error = evaluation.get("win_rate_se")
+        rate = f"{100 * evaluation['win_rate']:.1f} %" if evaluation else "not evaluated"
+        table.add_row(
+            f"{iteration + 1} (iter-{iteration:02d})",
+            rate + (f" ± {100 * error:.1f}" if error is not None else ""),
+            f"{evaluation['mean_length']:.1f}" if evaluation else "",
+            _number(training, "reward_accuracy", "{:.3f}"),
+            _number(training, "reward_margin", "{:.3f}"),
+            f"{_number(training, 'loss_first', '{:.4f}')} -> {_number(training, 'loss_last', '{:.4f}')}",
+        )
+    table.caption = "win rate by the recipe's ranker, ties count half, ± one standard error over prompts"
+    return table
+
+
+def pairs_table(run: Run, graph: Graph) -> Table:
+    """Per iteration: prompts, pairs kept, and pairs dropped by reason; what the ranker did not see."""
+    table = Table(
+        "iteration", "prompts", "pairs kept", "dropped by reason", "candidates cut off", "candidates the ranker saw in part",
+        title="Pairs", title_justify="left",
+    )  # fmt: skip
+    for iteration in iterations(graph):
+        prefix = f"iter-{iteration:02d}"
+        pairs = counts(run, graph, f"{prefix}/pairs")
+        if not pairs:
+            continue
+        generated, ranked = counts(run, graph, f"{prefix}/generate"), counts(run, graph, f"{prefix}/rank")
+        dropped = {key.removeprefix("dropped_"): value for key, value in pairs.items() if key.startswith("dropped_")}
+        table.add_row(
+            f"{iteration + 1} ({prefix})",
+            f"{sum(dropped.values()) + pairs['kept']:g}",
+            f"{pairs['kept']:g}",
+            ", ".join(f"{reason} {number:g}" for reason, number in dropped.items()) or "none",
+            f"{generated.get('truncated', 0):g} of {generated.get('candidates', 0):g}",
+            f"{ranked.get('truncated_candidates', 0):g}",
+        )
+    return table
+
+
+def times_table(run: Run, graph: Graph) -> Table:
+    """Seconds per stage and iteration, from the first start to the last end."""
+    stages = list(dict.fromkeys(name.split("/")[1] for name in graph.jobs))
+    table = Table("iteration", *stages, title="Seconds per stage", title_justify="left")
+    for iteration in iterations(graph):
+        cells = []
+        for stage in stages:
+            done = finished(run, graph, f"iter-{iteration:02d}/{stage}").values()
+            seconds = max((each.ended for each in done), default=0.0) - min((each.started for each in done), default=0.0)
+            cells.append(f"{seconds:.1f}" if done else "")
+        table.add_row(f"{iteration + 1} (iter-{iteration:02d})", *cells)
+    return table
+
+
+def final_model(run: Run, graph: Graph) -> str | None:
+    """Folder of the newest finished model."""
+    for iteration in reversed(iterations(graph)):
+        name = f"iter-{iteration:02d}/train"
+        for sentinel in finished(run, graph, name).values():
+            configs = [path for path in run.job(name).files(sentinel) if path.name == "config.json"]
+            return str(configs[0].parent)
+    return None
+
+
+def _number(values: Mapping[str, Any], key: str, form: str) -> str:
+    return form.format(values[key]) if key in values else ""

@@ -1,0 +1,93 @@
+"""evaluate: Responses of the new policy and of the initial policy to held-out prompts -> Verdict, and metrics.
+
+Each prompt's two answers are ranked against each other by the recipe's ranker; a tie counts half. The standard error of the
+win rate is that of a mean over prompts. Files: ``verdicts.parquet``, ``metrics.json``.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from aipo_hpc.errors import DataError
+from aipo_hpc.resources import Resources
+from aipo_hpc.rows import Responses, Verdict, read_rows, write_rows
+from aipo_hpc.settings import tuning
+from aipo_hpc.task import Outcome, Task
+
+VERDICTS = "verdicts.parquet"
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a policy's answers to the held-out prompts are sampled and judged."""
+
+    temperature: float = 0.7
+    """Sampling temperature of the answers (0: greedy)."""
+    num_shards: int = 1
+    """Shards of the array that samples the answers."""
+    ranker: str = ""
+    """The judge (empty: the recipe's rank.ranker)."""
+    model_name_or_path: str = ""
+    """The judge's model (empty: the recipe's rank.model_name_or_path)."""
+    revision: str | None = None
+    """Revision of the judge's model on the hub."""
+    dtype: str = "float32"
+    """Precision of the judge's arithmetic."""
+    tokens_per_batch: int = tuning(16384)
+    """Tokens the judge reads at once."""
+    resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
+
+
+def run(config: EvaluateConfig, task: Task) -> Outcome:
+    """Judge the inputs ``answers`` against the inputs ``baseline``."""
+    from aipo_hpc.rankers import load_ranker
+
+    baseline = {row.prompt_id: row for row in read_rows(task.inputs["baseline"].files, Responses)}
+    answers = list(read_rows(task.inputs["answers"].files, Responses))
+    both = [row for row in answers if row.candidates and baseline[row.prompt_id].candidates]
+    if not both:
+        errors = sorted({row.error for row in (*answers, *baseline.values()) if row.error})[:3]
+        raise DataError(f"{task.job}: no held-out prompt was answered by both policies; first errors: {errors}")
+    ranker = load_ranker(
+        config.ranker,
+        task.inputs["ranker"].model,
+        revision=config.revision,
+        dtype=config.dtype,
+        tokens_per_batch=config.tokens_per_batch,
+    )
+    texts = [(row.candidates[0].response, baseline[row.prompt_id].candidates[0].response) for row in both]
+    rankings = ranker.rank([row.prompt for row in both], texts)
+    verdicts = [
+        judge(row, mine, theirs, ranking.scores)
+        for row, (mine, theirs), ranking in zip(both, texts, rankings, strict=True)
+        if ranking.error is None
+    ]
+    if not verdicts:
+        raise DataError(f"{task.job}: the ranker could not compare a single pair of answers: {rankings[0].error}")
+    metrics = summarize(verdicts)
+    counts = {**metrics, "not_judged": len(answers) - len(verdicts)}
+    write_rows(task.out / VERDICTS, verdicts, Verdict)
+    (task.out / METRICS).write_text(json.dumps(counts, indent=1) + "\n")
+    return Outcome(len(verdicts), (VERDICTS, METRICS), counts)
+
+
+def judge(row: Responses, mine: str, theirs: str, scores: Sequence[float]) -> Verdict:
+    """Turn two scores (new policy, initial policy) into a verdict."""
+    margin = scores[0] - scores[1]
+    win = 0.5 if mine == theirs or margin == 0 else float(margin > 0)
+    return Verdict(row.prompt_id, row.prompt, mine, theirs, margin, win, len(mine), len(theirs))
+
+
+def summarize(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Win rate with its standard error (from two verdicts on), and mean lengths in characters."""
+    wins = [verdict.win for verdict in verdicts]
+    error = {"win_rate_se": stdev(wins) / math.sqrt(len(wins))} if len(wins) > 1 else {}
+    return {
+        "win_rate": fmean(wins),
+        **error,
+        "mean_length": fmean(verdict.length for verdict in verdicts),
+        "baseline_mean_length": fmean(verdict.baseline_length for verdict in verdicts),
+    }

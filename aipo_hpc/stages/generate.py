@@ -1,0 +1,176 @@
+"""generate: Prompt -> Responses. n candidates per prompt, sampled from the current policy, one shard per task.
+
+Every candidate is one request with a seed of its own, derived from (run seed, iteration, prompt id, candidate): what is
+sampled depends neither on the sharding nor on retries, as far as the engine's arithmetic is independent of the batch.
+A prompt that the engine refuses is recorded with its error and skipped; finished prompts are kept as they finish.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from aipo_hpc.progress import Progress
+from aipo_hpc.resources import Resources
+from aipo_hpc.rows import Candidate, Message, Prompt, Responses, read_rows
+from aipo_hpc.settings import tuning
+from aipo_hpc.task import Outcome, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from aipo_hpc.engines import Completion, Request
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How responses are sampled. Defaults of the sampling are the paper's (Shen et al. 2024, arXiv 2409.08845)."""
+
+    engine: str = "vllm"
+    """vllm, or transformers (CPU, small models)."""
+    n: int = 5
+    """Candidates per prompt."""
+    num_prompts: int | None = None
+    """Prompts per iteration, a different part of the source each time (None: all of them, every time)."""
+    num_shards: int = 8
+    """Shards of the array, each a task of its own."""
+    temperature: float = 0.4
+    """Sampling temperature (0: greedy)."""
+    top_p: float = 1.0
+    """Nucleus probability mass."""
+    top_k: int = 50
+    """Most likely tokens to draw from (0: all)."""
+    max_tokens: int = 2048
+    """Longest response in tokens."""
+    max_prompt_tokens: int = 512
+    """Longest prompt in tokens; longer ones are recorded and skipped."""
+    system_message: str | None = None
+    """System message put before every conversation that has none."""
+    dtype: str = "bfloat16"
+    """Precision of the weights: bfloat16, float16 or float32."""
+    batch_size: int = 16
+    """Prompts per batch of the transformers engine (its floating-point results depend on it)."""
+    tensor_parallel_size: int = tuning(1)
+    """GPUs that hold one copy of the model (vllm)."""
+    gpu_memory_utilization: float = tuning(0.9)
+    """Share of the GPU's memory that vllm takes."""
+    max_num_seqs: int = tuning(256)
+    """Sequences that vllm decodes at once."""
+    enforce_eager: bool = tuning(False)
+    """Skip vllm's graph capture: starts faster, decodes slower."""
+    resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=8))
+
+
+def run(config: GenerateConfig, task: Task) -> Outcome:
+    """Sample the candidates of this shard's prompts with the input ``policy``."""
+    from aipo_hpc.chat import load_tokenizer
+    from aipo_hpc.engines import load_engine
+
+    source = list(read_rows(task.inputs["prompts"].files, Prompt))
+    prompts = [put(prompt, config.system_message) for prompt in shard_of(select(source, config, task), task)]
+    policy = task.inputs["policy"].model
+    with Progress(task, Responses) as progress:
+        waiting = [prompt for prompt in prompts if prompt.prompt_id not in progress]
+        if waiting:
+            tokenizer = load_tokenizer(policy)
+            accepted: dict[str, Prompt] = {}
+            requests: list[list[Request]] = []
+            # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
+            for batch in _batches(prompts, config.batch_size):
+                if all(prompt.prompt_id in progress for prompt in batch):
+                    continue
+                for prompt in batch:
+                    asked = _ask(prompt, tokenizer, config, task)
+                    if isinstance(asked, str):
+                        if prompt.prompt_id not in progress:
+                            progress.append(Responses(prompt.prompt_id, prompt.prompt, prompt.messages, [], asked))
+                    else:
+                        accepted[prompt.prompt_id] = prompt
+                        requests.append(asked)
+            if requests:
+                engine = load_engine(config, policy)
+                for row in _collect(accepted, engine.generate(requests), config.n):
+                    if row.prompt_id not in progress:
+                        progress.append(row)
+        outputs = progress.finish(prompt.prompt_id for prompt in prompts)
+        counts = _counts(list(progress.rows(prompt.prompt_id for prompt in prompts)))
+        return Outcome(len(prompts), outputs, {**counts, "taken_over": progress.num_taken_over})
+
+
+def select(prompts: list[Prompt], config: GenerateConfig, task: Task) -> list[Prompt]:
+    """The prompts of this iteration: the next ``num_prompts`` of the source, starting over at its end."""
+    if config.num_prompts is None:
+        return prompts
+    size = min(config.num_prompts, len(prompts))
+    start = task.iteration * size
+    return [prompts[(start + position) % len(prompts)] for position in range(size)]
+
+
+def shard_of(prompts: Sequence[Prompt], task: Task) -> Sequence[Prompt]:
+    """This shard's contiguous part; parts differ by one prompt at most and together hold every prompt once."""
+    start, end = (len(prompts) * edge // task.num_shards for edge in (task.shard, task.shard + 1))
+    return prompts[start:end]
+
+
+def sampling_seed(seed: int, iteration: int, prompt_id: str, candidate: int) -> int:
+    """The seed of one candidate, below 2**31."""
+    text = f"{seed}\0{iteration}\0{prompt_id}\0{candidate}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+
+
+def put(prompt: Prompt, system_message: str | None) -> Prompt:
+    """The prompt with the recipe's system message in front of its conversation, unless it brings its own."""
+    if system_message is None or prompt.messages[0].role == "system":
+        return prompt
+    return replace(prompt, messages=[Message("system", system_message), *prompt.messages])
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _ask(
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", config: GenerateConfig, task: Task
+) -> "list[Request] | str":
+    """The requests for one prompt, or why it cannot be served."""
+    from jinja2 import TemplateError
+
+    from aipo_hpc.chat import prompt_ids
+    from aipo_hpc.engines import Request
+
+    try:
+        ids = prompt_ids(tokenizer, prompt.messages)
+    except (TemplateError, UnicodeError, TypeError, ValueError) as error:
+        return f"chat template: {error}"
+    if len(ids) > config.max_prompt_tokens:
+        return f"prompt of {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
+    seeds = (sampling_seed(task.seed, task.iteration, prompt.prompt_id, k) for k in range(config.n))
+    return [Request(prompt.prompt_id, k, tuple(ids), seed) for k, seed in enumerate(seeds)]
+
+
+def _collect(prompts: dict[str, Prompt], completions: "Iterator[Completion]", n: int) -> Iterator[Responses]:
+    """Gather candidates by prompt; a prompt is finished when its n-th arrives."""
+    gathered: dict[str, list[Completion]] = {}
+    for completion in completions:
+        have = gathered.setdefault(completion.request.prompt_id, [])
+        have.append(completion)
+        if len(have) < n:
+            continue
+        del gathered[completion.request.prompt_id]
+        prompt = prompts[completion.request.prompt_id]
+        have.sort(key=lambda done: done.request.candidate)
+        errors = [done.error for done in have if done.error is not None]
+        candidates = [] if errors else [Candidate(done.text, done.finish_reason, done.num_tokens) for done in have]
+        yield Responses(prompt.prompt_id, prompt.prompt, prompt.messages, candidates, errors[0] if errors else None)
+
+
+def _counts(rows: Sequence[Responses]) -> dict[str, float]:
+    candidates = [candidate for row in rows for candidate in row.candidates]
+    return {
+        "candidates": len(candidates),
+        "errors": sum(row.error is not None for row in rows),
+        "tokens": sum(candidate.num_tokens for candidate in candidates),
+        "characters": sum(len(candidate.response) for candidate in candidates),
+        "truncated": sum(candidate.finish_reason == "length" for candidate in candidates),
+    }

@@ -1,0 +1,468 @@
+"""The run directory: the one module that knows its files, and the protocol that makes them trustworthy.
+
+    <run>/
+      recipe.json                 resolved recipe, written before the first submission
+      journal.jsonl               append-only: launches, submissions, adoptions, decisions; a torn last line is ignored
+      driver.lease/               who drives the run: owner.json, renewed while the driver lives
+      set-aside/                  what `reset` and corrupt files were moved to; nothing is ever deleted
+      iter-00/
+        generate/
+          job.json                settings, inputs, fingerprint, number of shards: all that a worker needs
+          shards/00003/<attempt>/ payload of one attempt at shard 3; nobody else writes there
+          done/00003.json         THE SENTINEL: shard 3 is done
+          failed/00003.2.json     shard 3's second failure: class, message, end of the traceback, node, log
+          logs/                   submitit's envelopes and the output of each task
+        rank/  pairs/  reference/  train/  answers/  evaluate/
+      iter-01/ ...
+
+A shard is done if and only if its sentinel is there, is whole (it carries a digest of itself) and bears the job's
+fingerprint. A sentinel is written last: a temporary file in the same folder, fsync, link to its name, fsync of the folder.
+A link never replaces: of two attempts at one shard the first sentinel wins, and the other attempt removes its own folder.
+Readers find sentinels by listing the folder, which asks the server where a look-up by name may be answered from a stale
+cache, and then check that the payload has the size, and the hash, that the sentinel states.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aipo_hpc.errors import DiskFull, InputNotVisible, RunError
+
+RECIPE = "recipe.json"
+JOURNAL = "journal.jsonl"
+LEASE = "driver.lease"
+SET_ASIDE = "set-aside"
+_JOB = "job.json"
+_SHARDS, _DONE, _FAILED, _LOGS = "shards", "done", "failed", "logs"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file of a finished shard: path relative to the shard's folder, size in bytes, SHA-256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Sentinel:
+    """The proof that a shard is done, and all that is worth knowing about how."""
+
+    job: str
+    shard: int
+    fingerprint: str
+    attempt: str
+    fence: int
+    """Fencing number of the driver that submitted the attempt."""
+    rows: int
+    outputs: tuple[Output, ...]
+    inputs: Mapping[str, Any]
+    """Lineage: per input, the digests of the sentinels it was read from, or the identity of an outside input."""
+    counts: Mapping[str, float]
+    started: float
+    ended: float
+    host: str
+    scheduler: Mapping[str, str] = field(default_factory=dict)
+    """Slurm's ids of the task, where there are any."""
+    gpus: tuple[str, ...] = ()
+    """Models of the GPUs that the task had."""
+    num_processes: int = 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields: what makes a half-written or altered sentinel recognisable."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """One JSON object, with the digest."""
+        return json.dumps({**dataclasses.asdict(self), "digest": self.digest}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Sentinel":
+        """Parse; raises ValueError for anything that is not a whole, unaltered sentinel."""
+        try:
+            fields = json.loads(text)
+            digest = fields.pop("digest")
+            fields["outputs"] = tuple(Output(**output) for output in fields["outputs"])
+            fields["gpus"] = tuple(fields["gpus"])
+            sentinel = Sentinel(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a sentinel: {error}") from error
+        if digest != sentinel.digest:
+            raise ValueError("its digest does not fit its content")
+        return sentinel
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt at a shard. ``kind`` is a class of ``aipo_hpc.failures``."""
+
+    job: str
+    shard: int
+    attempt: str
+    fence: int
+    kind: str
+    message: str
+    traceback: str = ""
+    host: str = ""
+    log: str = ""
+    time: float = 0.0
+
+
+@contextmanager
+def full_disk_named(where: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into DiskFull with the place and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"{where}: {os.strerror(error.errno)}. Free space (or raise the quota) and type the same command again: "
+                "nothing that finished is lost."
+            ) from error
+        raise
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file atomically: readers see the old or the new content, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with full_disk_named(path):
+        _write_synced(temporary, text)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link_new(temporary: Path, final: Path) -> bool:
+    """Give a finished temporary file its final name unless that name is taken; True if it was free."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    _sync_folder(final.parent)
+    return True
+
+
+def list_names(folder: Path) -> list[str]:
+    """Names in a folder by one listing; an absent folder is empty."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class JobFolder:
+    """The files of one job. Parsed sentinels are remembered, so a look costs one listing and only news is read."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.name = name
+        self.path = run / name
+        self._run = run
+        self._sentinels: dict[str, Sentinel | None] = {}
+        self._failures: dict[str, Failure] = {}
+        self.reports: list[str] = []
+        """What was found wrong with files, to be told once."""
+
+    @property
+    def logs(self) -> Path:
+        """Folder of envelopes and task output."""
+        return self.path / _LOGS
+
+    def create(self, job: dict[str, Any]) -> None:
+        """Write job.json and make the folders."""
+        with full_disk_named(self.path):
+            for folder in (_SHARDS, _DONE, _FAILED, _LOGS):
+                (self.path / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_durably(self.path / _JOB, json.dumps(job, indent=1) + "\n")
+
+    def read_job(self) -> dict[str, Any] | None:
+        """job.json, or None if it is not there or not whole."""
+        try:
+            job: dict[str, Any] = json.loads((self.path / _JOB).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return job
+
+    # -- sentinels ---------------------------------------------------------------------------------------------------
+
+    def done(self, fingerprint: str) -> dict[int, Sentinel]:
+        """The finished shards: whole sentinels that bear the fingerprint. Others are reported, never trusted."""
+        found: dict[int, Sentinel] = {}
+        for name in list_names(self.path / _DONE):
+            shard = name.removesuffix(".json")
+            if name.startswith(".") or not shard.isdigit():
+                continue
+            if name not in self._sentinels:
+                self._sentinels[name] = self._read_sentinel(name)
+            sentinel = self._sentinels[name]
+            if sentinel is not None and sentinel.fingerprint == fingerprint:
+                found[int(shard)] = sentinel
+        return found
+
+    def _read_sentinel(self, name: str) -> Sentinel | None:
+        path = self.path / _DONE / name
+        try:
+            sentinel = Sentinel.from_json(path.read_text(encoding="utf-8"))
+            if (sentinel.job, f"{sentinel.shard:05d}.json") != (self.name, name):
+                raise ValueError(f"it speaks of {sentinel.job} shard {sentinel.shard}")
+        except (OSError, ValueError) as error:
+            self.reports.append(f"{path}: not believed, {error}; the shard counts as not done")
+            return None
+        return sentinel
+
+    def publish(self, sentinel: Sentinel) -> bool:
+        """Make a shard done. False if another attempt was first: its sentinel stands, this attempt's files are removed."""
+        name = f"{sentinel.shard:05d}.json"
+        final = self.path / _DONE / name
+        temporary = self.path / _DONE / f".{name}.{sentinel.attempt}.tmp"
+        with full_disk_named(final):
+            while True:
+                _write_synced(temporary, sentinel.to_json())
+                if _link_new(temporary, final):
+                    return True
+                standing = self._read_sentinel(name)
+                if standing is not None and standing.fingerprint == sentinel.fingerprint:
+                    shutil.rmtree(self.attempt_folder(sentinel.shard, sentinel.attempt), ignore_errors=True)
+                    return False
+                self._set_aside(final)
+
+    def retract(self, shard: int) -> None:
+        """Move a sentinel whose payload turned out to be missing or altered out of the way; the shard is not done."""
+        name = f"{shard:05d}.json"
+        self._set_aside(self.path / _DONE / name)
+        self._sentinels.pop(name, None)
+
+    def _set_aside(self, path: Path) -> None:
+        target = self._run / SET_ASIDE / f"{self.name.replace('/', '.')}.{path.name}.{time.time_ns()}"
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.rename(path, target)
+            _sync_folder(path.parent)
+
+    # -- attempts ----------------------------------------------------------------------------------------------------
+
+    def attempt_folder(self, shard: int, attempt: str) -> Path:
+        """Where an attempt keeps its payload."""
+        return self.path / _SHARDS / f"{shard:05d}" / attempt
+
+    def begin_attempt(self, shard: int, attempt: str) -> tuple[Path, tuple[Path, ...]]:
+        """Make the attempt's folder; also return those of earlier attempts, oldest first."""
+        folder = self.attempt_folder(shard, attempt)
+        with full_disk_named(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        others = [folder.parent / name for name in list_names(folder.parent) if name != attempt]
+        return folder, tuple(sorted(others, key=lambda other: (other.stat().st_mtime, other.name)))
+
+    def files(self, sentinel: Sentinel) -> tuple[Path, ...]:
+        """The output files of a finished shard."""
+        folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
+        return tuple(folder / output.path for output in sentinel.outputs)
+
+    def wait_for_payload(self, sentinel: Sentinel, part: str, timeout: float) -> tuple[Path, ...]:
+        """The output files of ``part`` (a file, or a folder/), once each is visible here with its size and hash.
+
+        Waits, refreshing by listing the parent folder, at most ``timeout`` seconds; then raises InputNotVisible.
+        """
+        folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
+        deadline = time.monotonic() + timeout
+        found: list[Path] = []
+        for output in sentinel.outputs:
+            if output.path != part and not (part.endswith("/") and output.path.startswith(part)):
+                continue
+            path = folder / output.path
+            while (size := _visible_size(path)) != output.bytes:
+                if time.monotonic() > deadline:
+                    seen = "not there" if size is None else f"{size} bytes"
+                    raise InputNotVisible(
+                        f"{path}: the sentinel of {self.name} shard {sentinel.shard} states {output.bytes} bytes, but on "
+                        f"{os.uname().nodename} it is {seen} after {timeout:g} s. If the file is gone or altered for good, "
+                        f"type: python -m aipo_hpc reset <run> {self.name}"
+                    )
+                time.sleep(0.2)
+            if hash_file(path) != output.sha256:
+                raise InputNotVisible(
+                    f"{path}: content differs from what the sentinel of {self.name} shard {sentinel.shard} states. "
+                    f"To compute it again, type: python -m aipo_hpc reset <run> {self.name}"
+                )
+            found.append(path)
+        return tuple(found)
+
+    def logs_of(self, sentinel: Sentinel) -> list[Path]:
+        """What the processes of a finished shard printed."""
+        ids = sentinel.scheduler
+        if "slurm_array_job_id" in ids:
+            task = f"{ids['slurm_array_job_id']}_{ids['slurm_array_task_id']}"
+        else:
+            task = ids.get("slurm_job_id") or ids.get("submitit_local_job_id") or "none"
+        return sorted(self.logs.glob(f"{task}_*_log.out"))
+
+    # -- failures ----------------------------------------------------------------------------------------------------
+
+    def failures(self) -> list[Failure]:
+        """All recorded failures, oldest first; unreadable records are left out."""
+        for name in list_names(self.path / _FAILED):
+            if name in self._failures or name.startswith("."):
+                continue
+            with suppress(OSError, ValueError, TypeError):
+                record = json.loads((self.path / _FAILED / name).read_text(encoding="utf-8"))
+                self._failures[name] = Failure(**record)
+        return sorted(self._failures.values(), key=lambda failure: failure.time)
+
+    def record_failure(self, failure: Failure) -> Path:
+        """Keep a failure under the shard's next free number."""
+        folder = self.path / _FAILED
+        text = json.dumps(dataclasses.asdict(failure), indent=1) + "\n"
+        with full_disk_named(folder):
+            number = 1 + sum(name.startswith(f"{failure.shard:05d}.") for name in list_names(folder))
+            while True:
+                temporary = folder / f".{failure.shard:05d}.{os.uname().nodename}.{os.getpid()}.tmp"
+                _write_synced(temporary, text)
+                path = folder / f"{failure.shard:05d}.{number}.json"
+                if _link_new(temporary, path):
+                    return path
+                number += 1
+
+
+def _visible_size(path: Path) -> int | None:
+    """Size of a file as this node sees it; lists the parent first, which refreshes what the node remembers of it."""
+    if path.name not in list_names(path.parent):
+        return None
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+class Run:
+    """A run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self._jobs: dict[str, JobFolder] = {}
+
+    def job(self, name: str) -> JobFolder:
+        """The folder of a job (the same object each time, so that it remembers what it has read)."""
+        if name not in self._jobs:
+            self._jobs[name] = JobFolder(self.path, name)
+        return self._jobs[name]
+
+    def job_names(self) -> list[str]:
+        """Names of the jobs that have a folder, e.g. ``iter-00/generate``."""
+        return sorted(str(path.parent.relative_to(self.path)) for path in self.path.glob(f"iter-*/*/{_JOB}"))
+
+    def exists(self) -> bool:
+        """Whether a recipe was written here."""
+        return (self.path / RECIPE).is_file()
+
+    def create(self) -> None:
+        """Make the directory, private to its owner. Raises RunError if it cannot be written or others may write to it."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            with full_disk_named(self.path):
+                _write_synced(probe, "probe\n")
+            probe.unlink()
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise _unwritable(self.path, error) from error
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                raise _unwritable(self.path, error) from error
+            raise
+        mode = self.path.stat().st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunError(
+                f"{self.path}: others may write to it (mode {stat.S_IMODE(mode):o}), and what workers run is read from it. "
+                f"Type: chmod go-w {self.path}"
+            )
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Keep the resolved recipe."""
+        write_durably(self.path / RECIPE, json.dumps(recipe, indent=1) + "\n")
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The recipe of the run. Raises RunError if this is not a run directory."""
+        try:
+            recipe: dict[str, Any] = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunError(
+                f"{self.path}: not a run directory (no {RECIPE} in it). Give the folder of a launched run, e.g. runs/demo."
+            ) from error
+        except ValueError as error:
+            raise RunError(f"{self.path / RECIPE}: damaged ({error}). Launch the recipe again to write it anew.") from error
+        return recipe
+
+    def append_journal(self, event: str, **fields: Any) -> None:
+        """Append one line, durably; a line torn by a crash is closed first."""
+        path = self.path / JOURNAL
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+        with full_disk_named(path), path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_journal(self) -> list[dict[str, Any]]:
+        """The journal's whole lines."""
+        try:
+            lines = (self.path / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        events: list[dict[str, Any]] = []
+        for line in lines:
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    events.append(event)
+        return events
+
+    def set_jobs_aside(self, names: list[str]) -> Path:
+        """Move the folders of jobs to a new folder below set-aside/ and return it."""
+        target = self.path / SET_ASIDE / time.strftime("%Y%m%d-%H%M%S")
+        for name in names:
+            if (self.path / name).exists():
+                (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.rename(self.path / name, target / name)
+                _sync_folder((self.path / name).parent)
+            self._jobs.pop(name, None)
+        return target
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written ({error.strerror}). Choose another place with run_dir=..., or mend its rights.")
