@@ -7,6 +7,10 @@ from typing import Protocol
 
 from aipo_hpc.errors import RecipeError
 
+NO_CANDIDATES = "there are no candidates to rank"
+NOT_FINITE = "the ranker returned a score that is not finite"
+"""What ``Ranking.error`` says of a prompt that every ranker treats alike."""
+
 
 @dataclass(frozen=True)
 class Ranking:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from aipo_hpc.errors import DataError, RecipeError
-from aipo_hpc.rankers import Ranking, pairrm_folder
+from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, pairrm_folder
 from aipo_hpc.rankers.deberta import Encoder, EncoderConfig, Positions
 from aipo_hpc.rankers.pairrm_tokens import Comparison, Encoded, PairTokens
 
@@ -132,8 +132,7 @@ class PairRM:
     def new(cls, config: EncoderConfig, tokenizer: Tokenizer, **settings: Any) -> "PairRM":
         """Make an untrained ranker on the CPU. The prefix tokens are added to ``tokenizer`` if it lacks them, and the
         vocabulary size of ``config`` is set to the result; ``settings`` override those of the published ranker."""
-        tokenizer.add_tokens([token for token in pairrm_folder.PREFIXES if tokenizer.token_to_id(token) is None])
-        pairrm_folder.check_tokenizer(tokenizer, "the tokenizer")
+        pairrm_folder.prepare_tokenizer(tokenizer)
         config = EncoderConfig(**{**config.__dict__, "vocab_size": tokenizer.get_vocab_size()})
         settings = pairrm_folder.RANKER_SETTINGS | settings
         return cls(PairRMModel(config, settings["n_tasks"], settings["drop_out"]), tokenizer, settings)
@@ -205,9 +204,9 @@ def _batches(
 def _ranking(encoded: Encoded, wins: Tensor) -> Ranking:
     """Turn the matrix of comparisons between the different candidates into scores and ranks of all candidates."""
     if not encoded.which:
-        return Ranking((), (), (), error="no candidates to rank")
+        return Ranking((), (), (), error=NO_CANDIDATES)
     if not bool(torch.isfinite(wins).all()):
-        return Ranking((), (), (), error="the ranker returned a score that is not finite")
+        return Ranking((), (), (), error=NOT_FINITE)
     # Equal candidates beat each other by the same amount either way, so they add nothing to each other's score.
     times = torch.bincount(torch.tensor(encoded.which)).double()
     by_difference = ((wins - wins.T) @ times / len(encoded.which)).tolist()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from aipo_hpc.errors import DataError
 
@@ -120,6 +121,15 @@ def check_tokenizer(tokenizer: Tokenizer, where: str) -> None:
         raise DataError(f"{where}: lacks the tokens {', '.join(missing)}; take the tokenizer saved with the ranker")
     tokenizer.no_truncation()
     tokenizer.no_padding()
+
+
+def prepare_tokenizer(tokenizer: Tokenizer) -> None:
+    """Give the tokenizer of a new ranker the prefix tokens, and the [CLS] text [SEP] that other readers expect of it."""
+    tokenizer.add_tokens([token for token in PREFIXES if tokenizer.token_to_id(token) is None])
+    check_tokenizer(tokenizer, "the tokenizer")
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{CLS} $A {SEP}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)]
+    )
 
 
 def read_tensors(folder: Path) -> "dict[str, Tensor]":
