@@ -46,7 +46,9 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
         elif found is not None and found.group(1) == "recipe":
             name = found.group(2)
         elif found is not None:
-            value = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(found.group(2), found.group(2))
+            value = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(
+                found.group(2), found.group(2)
+            )
             tokens += [f"--{found.group(1)}", value]
         else:
             tokens.append(token)

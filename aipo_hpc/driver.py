@@ -16,7 +16,8 @@ from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
-from aipo_hpc.store import Failure, Run
+from aipo_hpc.sentinel import Failure
+from aipo_hpc.store import Run
 
 Tell = Callable[[str], None]
 Show = Callable[[Decision, View], None]

@@ -210,9 +210,7 @@ def build_graph(recipe: Recipe) -> Graph:
             {"responses": Edge(generated, "rows.parquet", "shard"), "ranker": ranker},
             shards,
         )
-        paired = add(
-            iteration, "pairs", recipe.pairs, {"ranked": Edge(ranked, "rows.parquet"), "policy": policy}
-        )
+        paired = add(iteration, "pairs", recipe.pairs, {"ranked": Edge(ranked, "rows.parquet"), "policy": policy})
         referenced = add(
             iteration,
             "reference",

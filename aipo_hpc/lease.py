@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from aipo_hpc.durable import list_names, write_durably
 from aipo_hpc.errors import RunError
 from aipo_hpc.processes import start_time
-from aipo_hpc.store import LEASE, Run, list_names, write_durably
+from aipo_hpc.store import LEASE, Run
 
 _RENEW_SECONDS = 15.0
 _EXPIRES_SECONDS = 120.0
@@ -132,4 +133,3 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-

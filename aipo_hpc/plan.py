@@ -21,7 +21,9 @@ def plan_table(graph: Graph, run: Run) -> Table:
             str(job.num_shards),
             str(len(done)),
             shape(job.resources),
-            ", ".join(f"{edge.job} ({'shard by shard' if edge.by == 'shard' else 'all'})" for edge in job.edges.values()),
+            ", ".join(
+                f"{edge.job} ({'shard by shard' if edge.by == 'shard' else 'all'})" for edge in job.edges.values()
+            ),
             _outlook(job, done, graph, run, changed.get(job.name, [])),
         )
     return table

@@ -51,7 +51,9 @@ def _folder(kind: str, source: Outside) -> Path:
     if path.is_dir():
         return path.resolve()
     if looks_local(source.value):
-        raise DataError(f"{kind} {source.value!r}: no such folder as {path.absolute()}. Give a model's folder or hub name.")
+        raise DataError(
+            f"{kind} {source.value!r}: no such folder as {path.absolute()}. Give a model's folder or hub name."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -71,7 +73,9 @@ def _check_chat_template(folder: Path) -> None:
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{folder}: no readable tokenizer_config.json ({error}). Save the tokenizer beside the model.") from error
+        raise DataError(
+            f"{folder}: no readable tokenizer_config.json ({error}). Save the tokenizer beside the model."
+        ) from error
     if not settings.get("chat_template"):
         raise DataError(
             f"{folder}: its tokenizer has no chat template, so it is not known how a prompt is put to this model. "

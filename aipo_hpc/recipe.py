@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from aipo_hpc import engines, rankers
 from aipo_hpc.errors import RecipeError
@@ -102,7 +100,10 @@ def validate(recipe: Recipe) -> None:
     wrong = [
         (not recipe.model_name_or_path, "model_name_or_path is not set: give the initial policy, a path or hub name."),
         (not recipe.prompts, "prompts is not set: give a dataset id or the path of a .jsonl or .parquet file."),
-        (not recipe.rank.model_name_or_path, "rank.model_name_or_path is not set: give the ranker, a path or hub name."),
+        (
+            not recipe.rank.model_name_or_path,
+            "rank.model_name_or_path is not set: give the ranker, a path or hub name.",
+        ),
         (recipe.iterations < 1, f"iterations={recipe.iterations}: must be at least 1."),
         (
             recipe.generate.n < 2,

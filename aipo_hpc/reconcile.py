@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Edge, Graph, Job
-from aipo_hpc.store import Failure
+from aipo_hpc.sentinel import Failure
 
 LOST_AFTER = 60.0
 """Seconds for which an element must be unknown to the scheduler before it counts as lost."""
@@ -135,9 +135,7 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
     """Which shards are being computed, and which elements ended without a word."""
     alive: Living = {}
     record: list[RecordFailure] = []
-    failed = {
-        failure.attempt.rsplit(".", 1)[0] for failures in view.failures.values() for failure in failures
-    }
+    failed = {failure.attempt.rsplit(".", 1)[0] for failures in view.failures.values() for failure in failures}
     for submission in view.submissions:
         states = view.states.get(submission.name, {})
         for index, shard in enumerate(submission.shards):
@@ -201,7 +199,9 @@ def _submissions(
     rest = set(missing) - set(ready)
     for submission in dict.fromkeys(alive[edge.job][shard][0] for shard in rest if shard in alive.get(edge.job, {})):
         # Element i of the one array waits for element i of the other, so both must hold the same shards.
-        if rest.issuperset(submission.shards) and _on_their_way(edge, set(submission.shards), graph, view, alive, limits):
+        if rest.issuperset(submission.shards) and _on_their_way(
+            edge, set(submission.shards), graph, view, alive, limits
+        ):
             kind = "aftercorr" if len(submission.shards) > 1 else "afterok"
             yield Submit(job.name, submission.shards, (*after, Dependency(submission.name, kind)))
 

@@ -6,7 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from aipo_hpc.graph import Graph
-from aipo_hpc.store import Run, Sentinel
+from aipo_hpc.sentinel import Sentinel
+from aipo_hpc.store import Run
 from aipo_hpc.terminal import print_table
 
 
@@ -105,7 +106,9 @@ def times_table(run: Run, graph: Graph) -> Table:
         cells = []
         for stage in stages:
             done = finished(run, graph, f"iter-{iteration:02d}/{stage}").values()
-            seconds = max((each.ended for each in done), default=0.0) - min((each.started for each in done), default=0.0)
+            seconds = max((each.ended for each in done), default=0.0) - min(
+                (each.started for each in done), default=0.0
+            )
             cells.append(f"{seconds:.1f}" if done else "")
         table.add_row(f"{iteration + 1} (iter-{iteration:02d})", *cells)
     return table

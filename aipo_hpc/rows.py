@@ -1,11 +1,11 @@
 """The rows that travel between stages, and their Parquet files.
 
-    Prompt      prompts   -> generate
-    Responses   generate  -> rank, evaluate      one row per prompt, n candidates
-    Ranked      rank      -> pairs               Responses + a score and a rank per candidate
-    Pair        pairs     -> reference           chosen and rejected text
-    TrainRow    reference -> train               token ids + reference log-probabilities
-    Verdict     evaluate  -> report              an answer against the initial policy's answer to the same prompt
+Prompt      prompts   -> generate
+Responses   generate  -> rank, evaluate      one row per prompt, n candidates
+Ranked      rank      -> pairs               Responses + a score and a rank per candidate
+Pair        pairs     -> reference           chosen and rejected text
+TrainRow    reference -> train               token ids + reference log-probabilities
+Verdict     evaluate  -> report              an answer against the initial policy's answer to the same prompt
 """
 
 import dataclasses

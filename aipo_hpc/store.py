@@ -24,19 +24,27 @@ cache, and then check that the payload has the size, and the hash, that the sent
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aipo_hpc.errors import DiskFull, InputNotVisible, RunError
+from aipo_hpc.durable import (
+    full_disk_named,
+    hash_file,
+    link_new,
+    list_names,
+    sync_folder,
+    visible_size,
+    write_durably,
+    write_synced,
+)
+from aipo_hpc.errors import InputNotVisible, RunError
+from aipo_hpc.sentinel import Failure, Sentinel
 
 RECIPE = "recipe.json"
 JOURNAL = "journal.jsonl"
@@ -44,145 +52,6 @@ LEASE = "driver.lease"
 SET_ASIDE = "set-aside"
 _JOB = "job.json"
 _SHARDS, _DONE, _FAILED, _LOGS = "shards", "done", "failed", "logs"
-
-
-@dataclass(frozen=True)
-class Output:
-    """One file of a finished shard: path relative to the shard's folder, size in bytes, SHA-256."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Sentinel:
-    """The proof that a shard is done, and all that is worth knowing about how."""
-
-    job: str
-    shard: int
-    fingerprint: str
-    attempt: str
-    fence: int
-    """Fencing number of the driver that submitted the attempt."""
-    rows: int
-    outputs: tuple[Output, ...]
-    inputs: Mapping[str, Any]
-    """Lineage: per input, the digests of the sentinels it was read from, or the identity of an outside input."""
-    counts: Mapping[str, float]
-    started: float
-    ended: float
-    host: str
-    scheduler: Mapping[str, str] = field(default_factory=dict)
-    """Slurm's ids of the task, where there are any."""
-    gpus: tuple[str, ...] = ()
-    """Models of the GPUs that the task had."""
-    num_processes: int = 1
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all fields: what makes a half-written or altered sentinel recognisable."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """One JSON object, with the digest."""
-        return json.dumps({**dataclasses.asdict(self), "digest": self.digest}, indent=1) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> "Sentinel":
-        """Parse; raises ValueError for anything that is not a whole, unaltered sentinel."""
-        try:
-            fields = json.loads(text)
-            digest = fields.pop("digest")
-            fields["outputs"] = tuple(Output(**output) for output in fields["outputs"])
-            fields["gpus"] = tuple(fields["gpus"])
-            sentinel = Sentinel(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a sentinel: {error}") from error
-        if digest != sentinel.digest:
-            raise ValueError("its digest does not fit its content")
-        return sentinel
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One failed attempt at a shard. ``kind`` is a class of ``aipo_hpc.failures``."""
-
-    job: str
-    shard: int
-    attempt: str
-    fence: int
-    kind: str
-    message: str
-    traceback: str = ""
-    host: str = ""
-    log: str = ""
-    time: float = 0.0
-
-
-@contextmanager
-def full_disk_named(where: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into DiskFull with the place and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"{where}: {os.strerror(error.errno)}. Free space (or raise the quota) and type the same command again: "
-                "nothing that finished is lost."
-            ) from error
-        raise
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file atomically: readers see the old or the new content, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with full_disk_named(path):
-        _write_synced(temporary, text)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link_new(temporary: Path, final: Path) -> bool:
-    """Give a finished temporary file its final name unless that name is taken; True if it was free."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    _sync_folder(final.parent)
-    return True
-
-
-def list_names(folder: Path) -> list[str]:
-    """Names in a folder by one listing; an absent folder is empty."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class JobFolder:
@@ -251,8 +120,8 @@ class JobFolder:
         temporary = self.path / _DONE / f".{name}.{sentinel.attempt}.tmp"
         with full_disk_named(final):
             while True:
-                _write_synced(temporary, sentinel.to_json())
-                if _link_new(temporary, final):
+                write_synced(temporary, sentinel.to_json())
+                if link_new(temporary, final):
                     return True
                 standing = self._read_sentinel(name)
                 if standing is not None and standing.fingerprint == sentinel.fingerprint:
@@ -271,7 +140,7 @@ class JobFolder:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):
             os.rename(path, target)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     # -- attempts ----------------------------------------------------------------------------------------------------
 
@@ -304,7 +173,7 @@ class JobFolder:
             if output.path != part and not (part.endswith("/") and output.path.startswith(part)):
                 continue
             path = folder / output.path
-            while (size := _visible_size(path)) != output.bytes:
+            while (size := visible_size(path)) != output.bytes:
                 if time.monotonic() > deadline:
                     seen = "not there" if size is None else f"{size} bytes"
                     raise InputNotVisible(
@@ -350,21 +219,11 @@ class JobFolder:
             number = 1 + sum(name.startswith(f"{failure.shard:05d}.") for name in list_names(folder))
             while True:
                 temporary = folder / f".{failure.shard:05d}.{os.uname().nodename}.{os.getpid()}.tmp"
-                _write_synced(temporary, text)
+                write_synced(temporary, text)
                 path = folder / f"{failure.shard:05d}.{number}.json"
-                if _link_new(temporary, path):
+                if link_new(temporary, path):
                     return path
                 number += 1
-
-
-def _visible_size(path: Path) -> int | None:
-    """Size of a file as this node sees it; lists the parent first, which refreshes what the node remembers of it."""
-    if path.name not in list_names(path.parent):
-        return None
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 class Run:
@@ -394,7 +253,7 @@ class Run:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
             with full_disk_named(self.path):
-                _write_synced(probe, "probe\n")
+                write_synced(probe, "probe\n")
             probe.unlink()
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise _unwritable(self.path, error) from error
@@ -422,7 +281,9 @@ class Run:
                 f"{self.path}: not a run directory (no {RECIPE} in it). Give the folder of a launched run, e.g. runs/demo."
             ) from error
         except ValueError as error:
-            raise RunError(f"{self.path / RECIPE}: damaged ({error}). Launch the recipe again to write it anew.") from error
+            raise RunError(
+                f"{self.path / RECIPE}: damaged ({error}). Launch the recipe again to write it anew."
+            ) from error
         return recipe
 
     def append_journal(self, event: str, **fields: Any) -> None:
@@ -459,10 +320,12 @@ class Run:
             if (self.path / name).exists():
                 (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 os.rename(self.path / name, target / name)
-                _sync_folder((self.path / name).parent)
+                sync_folder((self.path / name).parent)
             self._jobs.pop(name, None)
         return target
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path}: cannot be written ({error.strerror}). Choose another place with run_dir=..., or mend its rights.")
+    return RunError(
+        f"{path}: cannot be written ({error.strerror}). Choose another place with run_dir=..., or mend its rights."
+    )

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from aipo_hpc.graph import Graph
 from aipo_hpc.reconcile import Decision, View
-from aipo_hpc.store import Run, Sentinel
+from aipo_hpc.sentinel import Sentinel
+from aipo_hpc.store import Run
 
 
 class Screen:

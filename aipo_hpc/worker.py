@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from aipo_hpc import gang
+from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify
 from aipo_hpc.graph import STAGES
+from aipo_hpc.sentinel import Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain
-from aipo_hpc.store import Failure, JobFolder, Output, Run, Sentinel, hash_file
+from aipo_hpc.store import JobFolder, Run
 from aipo_hpc.task import Input, Outcome, Place, Task
 
 
@@ -81,6 +83,10 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     out, earlier = folder.begin_attempt(envelope.shard, envelope.attempt)
     use_private_caches()
     stage = STAGES[job["stage"]]
+    config = from_plain(stage.config, job["settings"])
+    if (resources := getattr(config, "resources", None)) is not None:
+        # Libraries take one thread per core of the machine, also where only a few of them are this task's.
+        os.environ.setdefault("OMP_NUM_THREADS", str(resources.cpus_per_task))
     task = Task(
         job=envelope.job,
         iteration=job["iteration"],
@@ -91,7 +97,6 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         out=out,
         earlier=earlier,
     )
-    config = from_plain(stage.config, job["settings"])
     outcome: Outcome = importlib.import_module(stage.module).run(config, task)
     if place.rank != 0:
         return
@@ -139,9 +144,7 @@ def resolve_inputs(run: Run, job: Mapping[str, Any], shard: int) -> tuple[dict[s
     return inputs, lineage
 
 
-def wait_for_sentinels(
-    upstream: JobFolder, fingerprint: str, needed: list[int], timeout: float
-) -> dict[int, Sentinel]:
+def wait_for_sentinels(upstream: JobFolder, fingerprint: str, needed: list[int], timeout: float) -> dict[int, Sentinel]:
     """The sentinels of the needed shards, waiting a bounded time for a file system that shows them late."""
     deadline = time.monotonic() + timeout
     while True:

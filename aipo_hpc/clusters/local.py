@@ -68,9 +68,7 @@ class LocalCluster:
             visible_gpus=mine,
             stderr_to_stdout=True,
         )
-        envelope = SubmititEnvelope(
-            str(run.path), job.name, submission.shards[0], submission.name, 0, submission.fence
-        )
+        envelope = SubmititEnvelope(str(run.path), job.name, submission.shards[0], submission.name, 0, submission.fence)
         started = executor.submit(envelope)
         self._jobs[submission.name] = started
         self._held[submission.name] = mine
@@ -113,4 +111,3 @@ def visible_gpus() -> tuple[int, ...]:
     if listed is not None:
         return tuple(int(number) for number in listed.split(",") if number.strip().isdigit())
     return tuple(range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
-

@@ -166,18 +166,14 @@ class SlurmCluster:
             wanted,
         )
         forgotten = [
-            submission
-            for submission in submissions
-            if len(states.get(submission.name, {})) < len(submission.shards)
+            submission for submission in submissions if len(states.get(submission.name, {})) < len(submission.shards)
         ]
         if forgotten:
             since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(each.time for each in forgotten) - 60))
             command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
             names = ",".join(submission.name for submission in forgotten)
             try:
-                told = self._client(
-                    [*command, f"--name={names}", "--format=JobName,JobID,State,Elapsed,ExitCode"]
-                )
+                told = self._client([*command, f"--name={names}", "--format=JobName,JobID,State,Elapsed,ExitCode"])
             except ClusterError:
                 return states  # no accounting here: what squeue forgot stays unknown
             for name, elements in parse_sacct(told, wanted).items():

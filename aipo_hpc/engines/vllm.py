@@ -81,4 +81,3 @@ class VllmEngine:
         except (ValueError, TypeError, VLLMClientError) as error:
             return f"vllm refused it: {error}"
         return None
-

@@ -93,9 +93,7 @@ def choose(row: Ranked) -> Pair | str:
     chosen, rejected = row.candidates[best], row.candidates[worst]
     if chosen.response.strip() == rejected.response.strip():
         return "identical"
-    return Pair(
-        row.prompt_id, row.prompt, row.messages, chosen, rejected, row.scores[best], row.scores[worst]
-    )
+    return Pair(row.prompt_id, row.prompt, row.messages, chosen, rejected, row.scores[best], row.scores[worst])
 
 
 def unfit(pair: Pair, config: PairsConfig) -> str | None:

@@ -123,7 +123,9 @@ def _conversation(where: str, messages: Any) -> list[Message]:
     try:
         turns = [Message(str(turn["role"]), str(turn["content"])) for turn in messages]
     except (TypeError, KeyError) as error:
-        raise DataError(f"{where}: 'messages' must be a list of {{role, content}}; got {str(messages)[:80]}.") from error
+        raise DataError(
+            f"{where}: 'messages' must be a list of {{role, content}}; got {str(messages)[:80]}."
+        ) from error
     while turns and turns[-1].role != "user":
         turns.pop()
     if not turns:
@@ -165,7 +167,9 @@ def _dataset(source: str, config: PromptsConfig) -> Iterator[tuple[str, dict[str
     import datasets
 
     if Path(source).suffix and not Path(source).exists():
-        raise DataError(f"{source}: no such file. Give the path of a .jsonl or .parquet file, or a Hugging Face dataset id.")
+        raise DataError(
+            f"{source}: no such file. Give the path of a .jsonl or .parquet file, or a Hugging Face dataset id."
+        )
     try:
         loaded = datasets.load_dataset(source, split=config.split, revision=config.revision, num_proc=config.num_proc)
     except (OSError, ValueError) as error:  # datasets raises subclasses of these for a missing id, split or network

@@ -9,6 +9,7 @@ Every process of the task calls ``run`` with the same task; rank 0's outcome is 
 from the newest complete checkpoint of its own folder or of an earlier attempt's.
 """
 
+import difflib
 import math
 import os
 import shutil
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aipo_hpc.trainer import PairTrainer
 
 MODEL = "model"
+LR_SCHEDULER_TYPES = ("cosine", "linear", "constant_with_warmup", "constant")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     """Share of the steps in which the learning rate rises from 0."""
     lr_scheduler_type: str = "cosine"
-    """Course of the learning rate after that, by its transformers name: cosine, linear, constant_with_warmup."""
+    """Course of the learning rate after that, by its transformers name: cosine, linear, constant_with_warmup, constant."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -82,6 +84,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         objective(self.loss_type)
+        if self.lr_scheduler_type not in LR_SCHEDULER_TYPES:
+            close = difflib.get_close_matches(self.lr_scheduler_type, LR_SCHEDULER_TYPES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(
+                f"train.lr_scheduler_type={self.lr_scheduler_type!r} is not known.{hint} Choose one of "
+                f"{', '.join(LR_SCHEDULER_TYPES)}."
+            )
         wrong = [
             f"train.{name}={value!r} must be {what}"
             for name, value, valid, what in (
