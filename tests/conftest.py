@@ -1,0 +1,53 @@
+"""What tests share: one Slurm, one tiny model and one ranker per session, and a run that is small in every way."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pairrm_checkpoint import Checkpoint, build_checkpoint
+from sandbox import Sandbox, running_sandbox
+from tiny_models import tiny_model_folder
+
+from aipo_hpc.recipe import Recipe, load_recipe
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session")
+def slurm_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A real Slurm of four nodes with accounting, for the whole session."""
+    with running_sandbox(tmp_path_factory.mktemp("slurm") / "sandbox") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model's folder."""
+    return tiny_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def ranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A small ranker in both of the published formats, and the base model that llm-blender asks for."""
+    return build_checkpoint(tmp_path_factory.mktemp("ranker"))
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Recipe:
+    """The demo on 24 prompts with short answers, in this process."""
+    demo = load_recipe("demo")
+    return replace(
+        demo,
+        cluster="inline",
+        run_dir=str(tmp_path / "run"),
+        poll_seconds=0.05,
+        payload_timeout=2.0,
+        data=replace(demo.data, limit=24, num_held_out=6),
+        generate=replace(demo.generate, n=3, max_tokens=12),
+        train=replace(demo.train, num_train_epochs=1, save_steps=1, global_batch_size=8, per_device_train_batch_size=4),
+    )
