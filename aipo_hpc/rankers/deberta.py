@@ -28,6 +28,10 @@ Positions = list[tuple[Tensor, Tensor]]
 _HEAD_WIDTH = 64
 """Every released DeBERTa has heads of this width; needed where a checkpoint carries no configuration."""
 
+_SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+"""Attention scores (B x H x Q x L) computed at once, a few heads at a time if need be: on a CPU what its caches hold, about
+a fifth faster than all heads of a long sequence together; on a GPU a bound on memory (1 GB a tensor in float32)."""
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -139,15 +143,34 @@ class SelfAttention(nn.Module):
         """
         query, key = self._heads(self.query_proj(read)), self._heads(self.key_proj(states))
         value = self._heads(self.value_proj(states))
-        index = index.expand(query.shape[0], self.num_heads, -1, -1)
+        scores_per_head = query.shape[0] * query.shape[2] * key.shape[2]
+        together = max(1, _SCORES_AT_ONCE.get(query.device.type, _SCORES_AT_ONCE["cuda"]) // scores_per_head)
+        mixed = []
+        for first in range(0, self.num_heads, together):
+            some = slice(first, first + together)
+            part = query[:, some], key[:, some], value[:, some], keys[some], queries[some]
+            mixed.append(self._attend(*part, index, padding))
+        return torch.cat(mixed, dim=1).transpose(1, 2).flatten(2)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        index: Tensor,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Attend with some of the heads; the first three are (B, H, Q or L, D), the result is (B, H, Q, D)."""
+        index = index.expand(*query.shape[:2], -1, -1)
         bias = torch.matmul(query, keys.transpose(-1, -2)).gather(-1, index)
         by_key = torch.matmul(key, queries.transpose(-1, -2)).gather(-1, index.transpose(-1, -2))
         bias = bias.add_(by_key.transpose(-1, -2))
         if padding is not None:
             bias = bias.masked_fill_(padding[:, None, None, :], float("-inf"))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self.scale)
-        return mixed.transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self.scale)
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.view(*states.shape[:-1], self.num_heads, -1).transpose(1, 2)
