@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from aipo_hpc.errors import AipoError, RunError, UserError
+from aipo_hpc.errors import AipoError, ClusterError, RunError, UserError
 from aipo_hpc.graph import build_graph
 from aipo_hpc.record import read_graph
 from aipo_hpc.store import Run
@@ -37,13 +37,19 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def status(run: Folder) -> None:
-    """Print one row per job of a run: shards, done, failed attempts, rows, seconds; and who drives it."""
+    """Print one row per job of a run: shards, done, running, failed attempts, rows, seconds; and who drives it."""
+    from aipo_hpc.cancel import living_shards
     from aipo_hpc.lease import is_alive, read_owner
     from aipo_hpc.terminal import job_table, print_table
 
     opened = Run(Path(run))
     graph = read_graph(opened)
-    print_table(job_table(graph, opened, {}))
+    try:
+        alive = living_shards(opened, graph)
+    except ClusterError as error:
+        alive = {}
+        print(f"running and waiting shards are not known, the scheduler does not answer: {error}", file=sys.stderr)
+    print_table(job_table(graph, opened, alive))
     owner = read_owner(opened)
     if owner is not None and is_alive(owner):
         age = time.time() - owner["heartbeat"]

@@ -1,9 +1,11 @@
 """Stopping a run, and setting parts of it aside; both leave a run that the launch command resumes."""
 
 import time
+from collections.abc import Mapping
 
-from aipo_hpc.clusters import make_cluster
+from aipo_hpc.clusters import Cluster, Submission, TaskState, make_cluster
 from aipo_hpc.errors import ClusterError, RunError
+from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease, is_alive, read_owner, request_cancel
 from aipo_hpc.recipe import Recipe
@@ -31,19 +33,41 @@ def cancel_run(run: Run) -> str:
             time.sleep(0.2)
         return f"{run.path}: its driver has stopped the run; the launch command resumes it"
     with Lease(run):
-        journal = Journal(run)
-        unfinished = [
-            submission
-            for submission in journal.submissions.values()
-            if submission.job in graph.jobs
-            and not set(submission.shards) <= set(run.job(submission.job).done(graph.fingerprints[submission.job]))
-        ]
-        cluster = make_cluster(from_plain(Recipe, run.read_recipe()["settings"]))
-        states = cluster.states(unfinished)
-        living = [each for each in unfinished if any(state.alive for state in states.get(each.name, {}).values())]
-        journal.note("cancel", submissions=[submission.name for submission in living])
+        cluster = cluster_of(run)
+        living = [submission for submission, _ in _living(run, graph, cluster)]
+        Journal(run).note("cancel", submissions=[submission.name for submission in living])
         cluster.cancel(living)
     return f"{run.path}: no driver; {len(living)} submissions cancelled. The launch command resumes the run"
+
+
+def living_shards(run: Run, graph: Graph) -> dict[str, dict[int, bool]]:
+    """Shards that wait or run, by job; True: it runs. Asks the scheduler once, if anything is unfinished."""
+    alive: dict[str, dict[int, bool]] = {}
+    for submission, states in _living(run, graph, None):
+        for index, state in states.items():
+            if state.alive:
+                alive.setdefault(submission.job, {})[submission.shards[index]] = state.running
+    return alive
+
+
+def cluster_of(run: Run) -> Cluster:
+    """The cluster that a run was last launched on."""
+    return make_cluster(from_plain(Recipe, run.read_recipe()["settings"]))
+
+
+def _living(run: Run, graph: Graph, cluster: Cluster | None) -> list[tuple[Submission, Mapping[int, TaskState]]]:
+    """Submissions with an element that waits or runs, and the states of their elements."""
+    unfinished = [
+        submission
+        for submission in Journal(run).submissions.values()
+        if submission.job in graph.jobs
+        and not set(submission.shards) <= set(run.job(submission.job).done(graph.fingerprints[submission.job]))
+    ]
+    if not unfinished:
+        return []
+    states = (cluster or cluster_of(run)).states(unfinished)
+    living = [(submission, states.get(submission.name, {})) for submission in unfinished]
+    return [(submission, told) for submission, told in living if any(state.alive for state in told.values())]
 
 
 def reset_job(run: Run, name: str) -> str:

@@ -6,6 +6,7 @@ leaves a submission without an id, which its successor looks up by name instead 
 
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 from aipo_hpc.clusters import Dependency, Submission
 from aipo_hpc.store import Run
@@ -22,15 +23,19 @@ class Journal:
         for event in run.read_journal():
             self._replay(event)
 
-    def _replay(self, event: dict[str, object]) -> None:
+    def _replay(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "launch":
-            self.fence = max(self.fence, int(str(event["fence"])))
+            self.fence = max(self.fence, int(event["fence"]))
         elif kind == "submit":
-            fields = {key: event[key] for key in ("name", "job", "shards", "after", "fence", "time")}
-            after = tuple(Dependency(**each) for each in fields["after"])  # type: ignore[attr-defined]
-            shards = tuple(fields["shards"])  # type: ignore[arg-type]
-            submission = Submission(**{**fields, "after": after, "shards": shards})  # type: ignore[arg-type]
+            submission = Submission(
+                name=event["name"],
+                job=event["job"],
+                shards=tuple(event["shards"]),
+                after=tuple(Dependency(**each) for each in event["after"]),
+                fence=event["fence"],
+                time=event["time"],
+            )
             self.submissions[submission.name] = submission
             self._numbers = max(self._numbers, int(submission.name.rsplit("-", 1)[1]))
         elif kind == "submitted":
@@ -39,9 +44,7 @@ class Journal:
         elif kind == "refused":
             self.submissions.pop(str(event["name"]), None)
         elif kind == "reset":
-            jobs = event["jobs"]
-            assert isinstance(jobs, list)
-            self.submissions = {name: each for name, each in self.submissions.items() if each.job not in jobs}
+            self.submissions = {name: each for name, each in self.submissions.items() if each.job not in event["jobs"]}
 
     def launch(self, **fields: object) -> int:
         """Note that a driver begins; returns its fencing number, higher than any before."""

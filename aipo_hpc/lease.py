@@ -124,7 +124,7 @@ def read_owner(run: Run) -> dict[str, Any] | None:
 def is_alive(owner: dict[str, Any]) -> bool:
     """Whether the owner of a lease lives: known for sure on its own host, else judged by its last sign of life."""
     if owner["host"] == platform.node() and owner["boot_id"] == _boot_id():
-        return start_time(int(owner["pid"])) == owner["started"]
+        return start_time(int(owner["pid"])) == str(owner["started"])
     return time.time() - float(owner["heartbeat"]) < _EXPIRES_SECONDS
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,8 +114,8 @@ class Verdict:
 Row = TypeVar("Row")
 
 
-@cache
-def schema(kind: type[Any]) -> "pa.Schema":
+@lru_cache
+def schema(kind: Any) -> "pa.Schema":
     """The Arrow schema of a row type, read off its annotations."""
     import pyarrow as pa
 
@@ -196,8 +196,8 @@ def from_plain(plain: dict[str, Any], kind: type[Row]) -> Row:
     return kind(**converted)
 
 
-@cache
-def _nested(kind: type[Any]) -> list[tuple[str, type[Any], bool]]:
+@lru_cache
+def _nested(kind: Any) -> list[tuple[str, type[Any], bool]]:
     import typing
 
     found: list[tuple[str, type[Any], bool]] = []

@@ -4,6 +4,7 @@ It trusts no dependency of the scheduler: it checks the sentinels and payloads o
 publishes the shard's sentinel last. Whatever goes wrong is recorded with its class and raised again.
 """
 
+import atexit
 import importlib
 import os
 import platform
@@ -191,7 +192,13 @@ def gpu_models() -> tuple[str, ...]:
 def use_private_caches() -> None:
     """Give compilers caches on the node's own disk: tasks that start together clobber each other's in a shared home."""
     base = Path(tempfile.gettempdir()) / f"aipo_hpc-{os.getuid()}"
-    own = base / (os.environ.get("SLURM_JOB_ID") or str(os.getpid()))
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise RunError(
+            f"{base}: belongs to somebody else, and compiled code is kept there. Set TMPDIR to a folder of yours."
+        )
+    own = Path(tempfile.mkdtemp(prefix="task-", dir=base))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
     for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         os.environ.setdefault(name, str(own / name.lower()))
     # Compiled once per node and reused: DeepSpeed's small extension takes half a minute to build.
