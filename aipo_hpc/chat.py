@@ -52,4 +52,4 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
 def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str, finish_reason: str) -> list[int]:
     """Token ids of a response; the end-of-sequence token belongs to it only if the model ended it by itself."""
     ids = [int(token) for token in tokenizer(response, add_special_tokens=False)["input_ids"]]
-    return ids if finish_reason == "length" else [*ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+    return ids if finish_reason == "length" else [*ids, int(tokenizer.eos_token_id)]

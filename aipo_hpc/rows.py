@@ -152,7 +152,7 @@ def write_rows(path: Path, rows: Sequence[Any], kind: type[Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist([to_plain(row) for row in rows], schema=schema(kind))
+    table = pa.Table.from_pylist([to_plain(row) for row in rows], schema=schema(kind))  # type: ignore[arg-type]
     pq.write_table(table, path, compression="zstd")
     with path.open("rb") as written:
         os.fsync(written.fileno())
@@ -188,7 +188,7 @@ def _clean(value: Any) -> Any:
 def from_plain(plain: dict[str, Any], kind: type[Row]) -> Row:
     """The inverse of ``to_plain``."""
     converted = dict(plain)
-    for name, nested, many in _nested(kind):
+    for name, nested, many in _nested(kind):  # type: ignore[arg-type]
         if many:
             converted[name] = [nested(**item) for item in plain[name]]
         else:

@@ -92,19 +92,26 @@ def test_an_iteration_runs_on_slurm_with_overlap_two_nodes_and_sentinels_that_ag
     assert done["iter-00/train"][0].num_processes == 2
     assert done["iter-00/train"][0].scheduler["slurm_job_nodelist"] == "n[1-2]"
 
-    told = slurm_sandbox.run(
-        "sacct", "-X", "-n", "-P", "--format=JobID,State,JobName", f"--name={','.join(submission_names(run))}"
-    )
-    accounted = dict(line.split("|")[:2] for line in told.stdout.split())
     recorded = {
-        f"{ids['slurm_array_job_id']}_{ids['slurm_array_task_id']}" if "slurm_array_job_id" in ids else ids["slurm_job_id"]
+        f"{ids['slurm_array_job_id']}_{ids['slurm_array_task_id']}"
+        if "slurm_array_job_id" in ids
+        else ids["slurm_job_id"]
         for shards in done.values()
         for ids in (sentinel.scheduler for sentinel in shards.values())
         if ids
     }
-    assert set(accounted.values()) == {"COMPLETED"}
+    accounted: dict[str, str] = {}
+
+    def accounting_is_complete() -> bool:
+        query = ["sacct", "-X", "-n", "-P", "--format=JobID,State", f"--name={','.join(submission_names(run))}"]
+        accounted.update(line.split("|") for line in slurm_sandbox.run(*query).split())
+        return set(accounted.values()) == {"COMPLETED"}
+
+    wait_until("sacct tells that all are over", accounting_is_complete, 30)
     assert set(accounted) == recorded
-    print(f"{len(recorded)} elements in sacct, each with its sentinel; {len(list(submission_names(run)))} sbatch commands")
+    print(
+        f"{len(recorded)} elements in sacct, each with its sentinel; {len(list(submission_names(run)))} sbatch commands"
+    )
 
     again = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0 and "sent" not in again.stderr, "a finished run submitted something"
@@ -114,15 +121,15 @@ def test_a_killed_driver_is_resumed_without_running_a_shard_twice_and_gives_the_
     environment: dict[str, str], tmp_path: Path, small_recipe: Recipe
 ) -> None:
     run = Run(tmp_path / "killed")
-    argv = command(
-        run.path, "generate.num_shards=4", "generate.resources.array_parallelism=2", "train.zero_stage=0"
-    )
+    argv = command(run.path, "generate.num_shards=4", "generate.resources.array_parallelism=2", "train.zero_stage=0")
     with driver(argv, environment) as first:
         wait_until("first finished shard of generate", lambda: (run.path / "iter-00/generate/done/00000.json").exists())
         first.send_signal(signal.SIGKILL)
         first.wait()
     graph = read_graph(run)
-    assert len(run.job("iter-00/generate").done(graph.fingerprints["iter-00/generate"])) < 4, "killed too late to prove it"
+    assert len(run.job("iter-00/generate").done(graph.fingerprints["iter-00/generate"])) < 4, (
+        "killed too late to prove it"
+    )
     with driver(argv, environment) as second:
         assert second.wait(timeout=400) == 0
 
@@ -151,7 +158,9 @@ def output_hashes(run: Run, job: str) -> dict[str, str]:
     """Hashes of what a job made, apart from its log of metrics."""
     graph = read_graph(run)
     (sentinel,) = run.job(job).done(graph.fingerprints[job]).values()
-    return {output.path: output.sha256 for output in sentinel.outputs if output.path.endswith((".safetensors", ".json"))}
+    return {
+        output.path: output.sha256 for output in sentinel.outputs if output.path.endswith((".safetensors", ".json"))
+    }
 
 
 def test_a_record_of_a_job_is_readable_json(small_recipe: Recipe) -> None:
