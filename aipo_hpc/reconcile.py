@@ -215,6 +215,8 @@ def _on_their_way(
     """
     if not limits.dependencies or any(shard not in alive.get(edge.job, {}) for shard in shards):
         return None
+    if any(alive[edge.job][shard][0].id is None for shard in shards):
+        return None  # it is not known yet what to wait for
     for source in graph.jobs[edge.job].edges.values():
         if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
             return None
