@@ -100,9 +100,8 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
     alive, record = _living(view, limits)
     jobs = [job for job in graph.jobs.values() if job.resources is not None]
-    given_up = [given for job in jobs for given in _given_up(job, view, alive[job.name] if job.name in alive else {})]
+    given_up = [given for job in jobs for given in _given_up(job, view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
-    recorded = {(each.job, each.shard) for each in record}
     submit: list[Submit] = []
     if not record:
         room = _Room(limits, graph, alive)
@@ -113,7 +112,6 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
                 if shard not in view.done.get(job.name, ())
                 and shard not in alive.get(job.name, {})
                 and (job.name, shard) not in hopeless
-                and (job.name, shard) not in recorded
             ]
             for send in _submissions(job, missing, graph, view, alive, limits):
                 submit += room.fit(job, send)
