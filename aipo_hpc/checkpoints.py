@@ -69,6 +69,7 @@ class MarkComplete(TrainerCallback):
         self._shape = shape
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer on every process, after its part of a save."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sync_tree(folder)
         if torch.distributed.is_initialized():

@@ -24,11 +24,19 @@ class TokenisedPair(Protocol):
     """What a batch is made of: sequences of token ids, as in ``rows.TrainRow``."""
 
     @property
-    def prompt_ids(self) -> Sequence[int]: ...
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt, up to where the response starts."""
+        ...
+
     @property
-    def chosen_ids(self) -> Sequence[int]: ...
+    def chosen_ids(self) -> Sequence[int]:
+        """The preferred response."""
+        ...
+
     @property
-    def rejected_ids(self) -> Sequence[int]: ...
+    def rejected_ids(self) -> Sequence[int]:
+        """The other response."""
+        ...
 
 
 def collate(pairs: Sequence[TokenisedPair], pad_token_id: int = 0) -> dict[str, Tensor]:

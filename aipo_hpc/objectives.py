@@ -41,7 +41,9 @@ class Objective(Protocol):
         lambda_: float,
         gamma: float,
         label_smoothing: float,
-    ) -> "Tensor": ...
+    ) -> "Tensor":
+        """Per-pair losses, shape (batch,)."""
+        ...
 
 
 def objective(name: str) -> Objective:

@@ -149,9 +149,10 @@ def test_an_interrupted_attempt_is_continued_to_the_same_bytes(
         return score(*args)
 
     first = reference_task(tmp_path / "first", PAIRS, model)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(logps, "response_logps", dies)
-        run(CONFIG, first)
+        with pytest.raises(KeyboardInterrupt):
+            run(CONFIG, first)
     with (first.out / "progress.jsonl").open("a") as torn:
         torn.write('{"prompt_id": "p')
     second = reference_task(tmp_path / "second", PAIRS, model, earlier=(first.out,))

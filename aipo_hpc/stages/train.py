@@ -260,9 +260,12 @@ def _load(config: TrainConfig, name: str) -> Any:
     """The policy: in ``dtype`` under DeepSpeed, which keeps fp32 master weights; in fp32, run under autocast, without."""
     import torch
 
-    from aipo_hpc.model_files import load_model
+    from aipo_hpc.model_files import load_model, recompute_rotary
 
-    return load_model(name, getattr(torch, config.dtype) if config.zero_stage > 0 else torch.float32)
+    model = load_model(name, getattr(torch, config.dtype) if config.zero_stage > 0 else torch.float32)
+    if config.zero_stage == 3:
+        recompute_rotary(model)
+    return model
 
 
 def _write_model(config: TrainConfig, pair_trainer: "PairTrainer", tokenizer: Any, out: Path) -> list[str]:
