@@ -9,6 +9,9 @@ from pathlib import Path
 
 from aipo_hpc.errors import DiskFull
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that say that there is no space left, or none of ours."""
+
 
 @contextmanager
 def full_disk_named(where: Path) -> Iterator[None]:
@@ -16,7 +19,7 @@ def full_disk_named(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(
                 f"{where}: {os.strerror(error.errno)}. Free space (or raise the quota) and type the same command again: "
                 "nothing that finished is lost."
@@ -34,6 +37,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -41,6 +45,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

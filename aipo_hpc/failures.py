@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aipo_hpc.durable import FULL
 from aipo_hpc.errors import DiskFull, InputNotVisible, UserError
 
 
@@ -33,7 +34,7 @@ KINDS: Mapping[str, Kind] = {
 
 def classify(error: BaseException) -> str:
     """The class of an exception that ended a worker."""
-    if isinstance(error, DiskFull):
+    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL):
         return "disk_full"
     if isinstance(error, InputNotVisible):
         return "input_not_visible"

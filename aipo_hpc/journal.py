@@ -40,7 +40,8 @@ class Journal:
             self._numbers = max(self._numbers, int(submission.name.rsplit("-", 1)[1]))
         elif kind == "submitted":
             name = str(event["name"])
-            self.submissions[name] = replace(self.submissions[name], id=str(event["id"]))
+            if name in self.submissions:
+                self.submissions[name] = replace(self.submissions[name], id=str(event["id"]))
         elif kind == "refused":
             self.submissions.pop(str(event["name"]), None)
         elif kind == "reset":

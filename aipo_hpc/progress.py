@@ -11,10 +11,12 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic
 
+from aipo_hpc.durable import full_disk_named
 from aipo_hpc.rows import Row, from_plain, to_plain, write_rows
 from aipo_hpc.task import Task
 
@@ -30,14 +32,20 @@ class Progress(Generic[Row]):
         self._kind = kind
         self._out = task.out
         self._rows: dict[str, Row] = {}
-        for folder in task.earlier:
+        for folder in (*task.earlier, task.out):
             for row in _read(folder / PROGRESS, kind):
                 self._rows.setdefault(_key(row), row)
         self.num_taken_over = len(self._rows)
         self._synced = time.monotonic()
-        self._file = (task.out / PROGRESS).open("a", encoding="utf-8")
-        for row in self._rows.values():
-            self._write(row)
+        path = task.out / PROGRESS
+        with full_disk_named(path):
+            again = path.exists()
+            self._file = path.open("a", encoding="utf-8")
+            if again:
+                # The same attempt, begun a second time by hand: its first try may have left a torn line.
+                self._file.write("\n")
+            for row in self._rows.values():
+                self._write(row)
 
     def __enter__(self) -> "Progress[Row]":
         return self
@@ -45,22 +53,27 @@ class Progress(Generic[Row]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sync()
-        self._file.close()
+        with full_disk_named(self._out / PROGRESS):
+            try:
+                self._sync()
+            finally:
+                self._file.close()
 
     def __contains__(self, prompt_id: str) -> bool:
         return prompt_id in self._rows
 
     def append(self, row: Row) -> None:
         """Keep a finished row; durable within two seconds."""
+        with full_disk_named(self._out / PROGRESS):
+            self._write(row)
+            if time.monotonic() - self._synced > _SECONDS_BETWEEN_FSYNCS:
+                self._sync()
         self._rows[_key(row)] = row
-        self._write(row)
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_FSYNCS:
-            self._sync()
 
     def finish(self, prompt_ids: Iterable[str]) -> tuple[str, ...]:
         """Write the rows of ``prompt_ids``, in that order, and return the name of the file in the attempt's folder."""
-        write_rows(self._out / ROWS, [self._rows[prompt_id] for prompt_id in prompt_ids], self._kind)
+        with full_disk_named(self._out / ROWS):
+            write_rows(self._out / ROWS, [self._rows[prompt_id] for prompt_id in prompt_ids], self._kind)
         return (ROWS,)
 
     def rows(self, prompt_ids: Iterable[str]) -> Iterator[Row]:
@@ -83,14 +96,12 @@ def _key(row: Any) -> str:
 
 
 def _read(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """Yield the whole lines of a progress file; whatever follows the last newline was cut off by a kill."""
+    """Yield the rows of a progress file; a line that a kill cut off is not one."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.endswith("\n"):
                 return
-            try:
+            with suppress(ValueError, TypeError, KeyError):
                 yield from_plain(json.loads(line), kind)
-            except (ValueError, TypeError, KeyError):
-                return

@@ -210,9 +210,10 @@ def _nested(kind: Any) -> list[tuple[str, type[Any], bool]]:
     return found
 
 
-def _replace_surrogate(error: UnicodeError) -> tuple[str, int]:
+def _replace_surrogate(error: UnicodeError) -> tuple[bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "�" * (error.end - error.start), error.end
+    # As bytes: the encoder takes text from a handler only if it is ASCII.
+    return "�".encode() * (error.end - error.start), error.end
 
 
 def _register() -> None:

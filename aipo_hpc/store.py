@@ -29,6 +29,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class JobFolder:
         self.name = name
         self.path = run / name
         self._run = run
-        self._sentinels: dict[str, Sentinel | None] = {}
+        self._sentinels: dict[str, Sentinel] = {}
+        self._doubted: dict[str, tuple[object, ...]] = {}
         self._failures: dict[str, Failure] = {}
         self.reports: list[str] = []
         """What was found wrong with files, to be told once."""
@@ -88,29 +90,50 @@ class JobFolder:
 
     # -- sentinels ---------------------------------------------------------------------------------------------------
 
-    def done(self, fingerprint: str) -> dict[int, Sentinel]:
-        """The finished shards: whole sentinels that bear the fingerprint. Others are reported, never trusted."""
+    def done(self, fingerprint: str, only: Container[int] | None = None) -> dict[int, Sentinel]:
+        """The finished shards: whole sentinels that bear the fingerprint. Others are reported, never trusted.
+
+        With ``only``, a look at those shards alone: a task needs few of the many that its job may have.
+        """
         found: dict[int, Sentinel] = {}
         for name in list_names(self.path / _DONE):
-            shard = name.removesuffix(".json")
-            if name.startswith(".") or not shard.isdigit():
+            digits = name.removesuffix(".json")
+            if not digits.isdecimal() or (only is not None and int(digits) not in only):
                 continue
-            if name not in self._sentinels:
-                self._sentinels[name] = self._read_sentinel(name)
-            sentinel = self._sentinels[name]
-            if sentinel is not None and sentinel.fingerprint == fingerprint:
-                found[int(shard)] = sentinel
+            sentinel = self._sentinels.get(name)
+            if sentinel is None or sentinel.fingerprint != fingerprint:
+                sentinel = self._look_at(name, fingerprint)
+            if sentinel is not None:
+                found[int(digits)] = sentinel
         return found
 
-    def _read_sentinel(self, name: str) -> Sentinel | None:
+    def _look_at(self, name: str, fingerprint: str) -> Sentinel | None:
+        """A sentinel that is not known yet, or was doubted: another attempt may have put a good one in its place."""
         path = self.path / _DONE / name
         try:
-            sentinel = Sentinel.from_json(path.read_text(encoding="utf-8"))
-            if (sentinel.job, f"{sentinel.shard:05d}.json") != (self.name, name):
-                raise ValueError(f"it speaks of {sentinel.job} shard {sentinel.shard}")
-        except (OSError, ValueError) as error:
-            self.reports.append(f"{path}: not believed, {error}; the shard counts as not done")
+            state = path.stat()
+            seen = (state.st_ino, state.st_size, state.st_mtime_ns, fingerprint)
+            if self._doubted.get(name) == seen:
+                return None
+            try:
+                sentinel = self._parse(path)
+                if sentinel.fingerprint != fingerprint:
+                    raise ValueError("it was made with other settings")
+            except ValueError as error:
+                self._doubted[name] = seen
+                self.reports.append(f"{path}: not believed, {error}; the shard counts as not done")
+                return None
+        except OSError:
+            # Listed, but not to be opened on this node yet: the next look may find it.
             return None
+        self._sentinels[name] = sentinel
+        return sentinel
+
+    def _parse(self, path: Path) -> Sentinel:
+        """Read a sentinel. Raises ValueError for one that is not whole or not in its place."""
+        sentinel = Sentinel.from_json(path.read_text(encoding="utf-8"))
+        if (sentinel.job, f"{sentinel.shard:05d}.json") != (self.name, path.name):
+            raise ValueError(f"it speaks of {sentinel.job} shard {sentinel.shard}")
         return sentinel
 
     def publish(self, sentinel: Sentinel) -> bool:
@@ -123,8 +146,17 @@ class JobFolder:
                 write_synced(temporary, sentinel.to_json())
                 if link_new(temporary, final):
                     return True
-                standing = self._read_sentinel(name)
-                if standing is not None and standing.fingerprint == sentinel.fingerprint:
+                try:
+                    standing = self._parse(final)
+                except FileNotFoundError:
+                    continue
+                except ValueError:
+                    self._set_aside(final)
+                    continue
+                if standing == sentinel:
+                    # A server that repeats a link whose answer was lost says that the name is taken: by this very one.
+                    return True
+                if standing.fingerprint == sentinel.fingerprint and standing.attempt != sentinel.attempt:
                     shutil.rmtree(self.attempt_folder(sentinel.shard, sentinel.attempt), ignore_errors=True)
                     return False
                 self._set_aside(final)
@@ -153,8 +185,12 @@ class JobFolder:
         folder = self.attempt_folder(shard, attempt)
         with full_disk_named(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        others = [folder.parent / name for name in list_names(folder.parent) if name != attempt]
-        return folder, tuple(sorted(others, key=lambda other: (other.stat().st_mtime, other.name)))
+        others: list[tuple[float, str]] = []
+        for name in list_names(folder.parent):
+            with suppress(FileNotFoundError):  # an attempt that came second has just removed its folder
+                if name != attempt:
+                    others.append(((folder.parent / name).stat().st_mtime, name))
+        return folder, tuple(folder.parent / name for _, name in sorted(others))
 
     def files(self, sentinel: Sentinel) -> tuple[Path, ...]:
         """The output files of a finished shard."""
@@ -314,9 +350,12 @@ class Run:
         return events
 
     def set_jobs_aside(self, names: list[str]) -> Path:
-        """Move the folders of jobs to a new folder below set-aside/ and return it."""
-        target = self.path / SET_ASIDE / time.strftime("%Y%m%d-%H%M%S")
-        for name in names:
+        """Move the folders of jobs to a new folder below set-aside/ and return it; the last first.
+
+        So whatever a crash leaves in place still has its inputs beside it.
+        """
+        target = self.path / SET_ASIDE / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        for name in reversed(names):
             if (self.path / name).exists():
                 (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 os.rename(self.path / name, target / name)

@@ -76,7 +76,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     job = folder.read_job()
     if job is None:
         raise RunError(f"{folder.path}: no readable job.json. Type the launch command again: it writes it anew.")
-    if envelope.shard in folder.done(job["fingerprint"]):
+    if envelope.shard in folder.done(job["fingerprint"], only=(envelope.shard,)):
         print(f"{envelope.job} shard {envelope.shard}: is done already", flush=True)
         return
     started = time.time()
@@ -148,8 +148,9 @@ def resolve_inputs(run: Run, job: Mapping[str, Any], shard: int) -> tuple[dict[s
 def wait_for_sentinels(upstream: JobFolder, fingerprint: str, needed: list[int], timeout: float) -> dict[int, Sentinel]:
     """The sentinels of the needed shards, waiting a bounded time for a file system that shows them late."""
     deadline = time.monotonic() + timeout
+    wanted = frozenset(needed)
     while True:
-        done = upstream.done(fingerprint)
+        done = upstream.done(fingerprint, only=wanted)
         missing = [each for each in needed if each not in done]
         if not missing:
             return done
