@@ -7,8 +7,11 @@ refuses is reported and hurts no other.
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
+from typing import Any
 
 from aipo_hpc.engines import Completion, Request
+from aipo_hpc.engines.guard import guard_children
+from aipo_hpc.errors import RecipeError
 from aipo_hpc.stages.generate import GenerateConfig
 
 _WINDOW = 4
@@ -19,21 +22,29 @@ class VllmEngine:
     """A vLLM engine; its worker processes end with this process."""
 
     def __init__(self, config: GenerateConfig, model: str) -> None:
+        """Start the engine. Raises RecipeError for settings that vLLM does not take, e.g. more tokens than the model can."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
 
+        guard_children(os.getpid())
         self._config = config
-        self._llm = LLM(
-            model=model,
-            dtype=config.dtype,
-            max_model_len=config.max_prompt_tokens + config.max_tokens,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_seqs=config.max_num_seqs,
-            enforce_eager=config.enforce_eager,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-        )
+        try:
+            self._llm = LLM(
+                model=model,
+                dtype=config.dtype,  # type: ignore[arg-type]
+                max_model_len=config.max_prompt_tokens + config.max_tokens,
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                max_num_seqs=config.max_num_seqs,
+                enforce_eager=config.enforce_eager,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+            )
+        except ValueError as error:
+            raise RecipeError(
+                f"vllm does not take these settings for {model}: {error}\nMend the generate.* fields it speaks of "
+                f"(max_model_len is max_prompt_tokens={config.max_prompt_tokens} + max_tokens={config.max_tokens})."
+            ) from error
 
     def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
         """Yield each completion as it finishes."""
@@ -55,7 +66,7 @@ class VllmEngine:
                 if not output.finished:
                     continue
                 request = flying.pop(output.request_id)
-                sample = output.outputs[0]
+                sample: Any = output.outputs[0]  # type: ignore[index]
                 reason = str(sample.finish_reason)
                 if reason not in ("stop", "length"):
                     yield Completion(request, "", "error", 0, f"vllm finished it with {reason!r}")

@@ -1,0 +1,254 @@
+"""The vLLM engine for real, on a CPU: one engine in a process of its own for the whole module.
+
+Run as a script it is that process: it works on the shards described by a folder, writes result.json, and then goes on
+generating until it is killed.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pairrm_checkpoint import Checkpoint
+from tiny_models import tiny_model_folder
+from training_tasks import PLAIN, train_task
+
+from aipo_hpc import engines
+from aipo_hpc.chat import load_tokenizer, prompt_ids, response_ids
+from aipo_hpc.engines import Request
+from aipo_hpc.errors import RecipeError
+from aipo_hpc.processes import descendants, start_time
+from aipo_hpc.rows import Message, Pair, Prompt, Responses, read_rows, write_rows
+from aipo_hpc.stages import generate, pairs, rank, reference, train
+from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.task import Input, Task
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = GenerateConfig(
+    engine="vllm",
+    n=3,
+    temperature=0.9,
+    top_k=50,
+    max_tokens=24,
+    max_prompt_tokens=40,
+    dtype="float32",
+    enforce_eager=True,
+    max_num_seqs=16,
+)
+SECOND_EOS = 300
+LONG = "why " * 60
+
+
+def prompts() -> list[Prompt]:
+    texts = [f"{verb} {thing}" for verb in ("explain", "name", "list") for thing in ("the moon", "a river", "snow")]
+    texts[4] = LONG
+    return [Prompt(f"p{number}", text, [Message("user", text)]) for number, text in enumerate(texts)]
+
+
+def shard_task(folder: Path, model: Path, attempt: str, earlier: tuple[Path, ...] = ()) -> Task:
+    (folder / attempt).mkdir(exist_ok=True)
+    inputs = {"prompts": Input(shards={0: (folder / "prompts.parquet",)}), "policy": Input(value=str(model))}
+    return Task("iter-00/generate", 0, 0, 1, 5, inputs, folder / attempt, earlier)
+
+
+def ask(number: int, length: int = 12, start: int = 40, seed: int = 7) -> Request:
+    return Request(f"r{number}", 0, tuple(start + position for position in range(length)), seed)
+
+
+def process(folder: Path, model: Path) -> None:
+    """What the process with the engine does."""
+    result: dict[str, Any] = {}
+    try:
+        engines.load_engine(replace(CONFIG, max_tokens=4096), str(model))
+    except RecipeError as error:
+        result["too_long_for_the_model"] = str(error)
+    engine = engines.load_engine(CONFIG, str(model))
+    engines.load_engine = lambda config, model: engine  # the stage below uses the engine that is there
+    result["descendants"] = [(pid, start_time(pid), os.getpgid(pid)) for pid in descendants(os.getpid())]
+    result["group"] = os.getpgid(0)
+    for attempt in ("first", "again"):
+        result[attempt] = asdict(generate.run(CONFIG, shard_task(folder, model, attempt)))
+    asked = [
+        [ask(0)],
+        [ask(1, length=200)],
+        [ask(2, length=0)],
+        [Request("r3", 0, (99999,), 1)],
+        [ask(4)],
+        [ask(5, seed=8)],
+    ]
+    result["direct"] = [asdict(done) for done in engine.generate(asked)]
+    (folder / "result.json").write_text(json.dumps(result))
+    for _ in engine.generate([[ask(number, seed=number)] for number in range(100_000)]):
+        pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose generation config names a second end-of-sequence token, and settings of sampling."""
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny")
+    path = folder / "generation_config.json"
+    settings = {"eos_token_id": [2, SECOND_EOS], "do_sample": True, "temperature": 0.01, "repetition_penalty": 5.0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+class Running:
+    """The process with the engine, and what it found."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        write_rows(folder / "prompts.parquet", prompts(), Prompt)
+        self.folder = folder
+        self.log = folder / "log.txt"
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(folder), str(model)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 240
+        while not (folder / "result.json").exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+        time.sleep(0.2)
+        self.result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+
+    def rows(self, attempt: str) -> list[Responses]:
+        return list(read_rows([self.folder / attempt / "rows.parquet"], Responses))
+
+    def living(self) -> list[int]:
+        return [pid for pid, started, _ in self.result["descendants"] if start_time(pid) == started]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Running]:
+    run = Running(tmp_path_factory.mktemp("vllm"), model)
+    yield run
+    if run.process.poll() is None:
+        os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+
+
+@pytest.mark.timeout(300)
+def test_a_shard_gives_every_prompt_a_row_in_order_with_all_candidates(running: Running) -> None:
+    rows = running.rows("first")
+    assert [row.prompt_id for row in rows] == [prompt.prompt_id for prompt in prompts()]
+    assert [len(row.candidates) for row in rows] == [3, 3, 3, 3, 0, 3, 3, 3, 3]
+    outcome = running.result["first"]
+    candidates = [candidate for row in rows for candidate in row.candidates]
+    assert outcome["rows"] == 9
+    assert outcome["counts"] == {
+        "candidates": 24,
+        "errors": 1,
+        "tokens": sum(candidate.num_tokens for candidate in candidates),
+        "characters": sum(len(candidate.response) for candidate in candidates),
+        "truncated": sum(candidate.finish_reason == "length" for candidate in candidates),
+        "taken_over": 0,
+    }
+
+
+def test_a_prompt_that_is_too_long_is_recorded_and_the_others_are_served(running: Running) -> None:
+    bad = running.rows("first")[4]
+    assert bad.candidates == []
+    assert bad.error is not None and bad.error.endswith("tokens is longer than generate.max_prompt_tokens=40")
+
+
+def test_candidates_end_by_a_token_or_at_the_limit_and_their_tokens_are_counted(running: Running, model: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    reasons = set()
+    for row in running.rows("first"):
+        for candidate in row.candidates:
+            reasons.add(candidate.finish_reason)
+            assert candidate.num_tokens == 24 if candidate.finish_reason == "length" else candidate.num_tokens <= 24
+            assert "</s>" not in candidate.response
+            assert tokenizer.convert_ids_to_tokens(SECOND_EOS) not in candidate.response[-1:]
+    assert reasons == {"stop", "length"}
+
+
+def test_candidates_of_a_prompt_differ_because_settings_are_the_recipes_not_the_models(running: Running) -> None:
+    # At the temperature of the model's generation config, 0.01, all candidates would be the same.
+    for row in running.rows("first"):
+        assert len({candidate.response for candidate in row.candidates}) == len(row.candidates)
+
+
+def test_the_same_seeds_give_the_same_candidates_again(running: Running) -> None:
+    first, again = (running.folder / attempt / "rows.parquet" for attempt in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    direct = {done["request"]["prompt_id"]: done for done in running.result["direct"]}
+    assert direct["r0"]["text"] == direct["r4"]["text"]
+    assert direct["r0"]["text"] != direct["r5"]["text"]
+
+
+def test_refused_requests_are_reported_and_hurt_no_other(running: Running) -> None:
+    direct = {done["request"]["prompt_id"]: done for done in running.result["direct"]}
+    assert set(direct) == {"r0", "r1", "r2", "r3", "r4", "r5"}
+    for name, words in (("r1", "maximum context length is 64"), ("r2", "empty"), ("r3", "out of vocabulary")):
+        assert direct[name]["error"].startswith("vllm refused it: ")
+        assert words in direct[name]["error"]
+        assert (direct[name]["text"], direct[name]["num_tokens"]) == ("", 0)
+    assert all(direct[name]["error"] is None and direct[name]["num_tokens"] > 0 for name in ("r0", "r4", "r5"))
+
+
+def test_more_tokens_than_the_model_can_hold_are_the_recipes_error(running: Running) -> None:
+    message = running.result["too_long_for_the_model"]
+    assert message.startswith("vllm does not take these settings for ")
+    assert message.endswith("(max_model_len is max_prompt_tokens=40 + max_tokens=4096).")
+
+
+def test_its_rows_feed_ranking_pairs_reference_and_training(
+    running: Running, model: Path, ranker_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    def task(name: str, inputs: dict[str, Input]) -> Task:
+        (tmp_path / name).mkdir()
+        return Task(f"iter-00/{name}", 0, 0, 1, 5, inputs, tmp_path / name)
+
+    policy = Input(value=str(model))
+    responses = Input(shards={0: (running.folder / "first" / "rows.parquet",)})
+    ranking = task("rank", {"responses": responses, "ranker": Input(value=str(ranker_checkpoint.pairrm))})
+    rank.run(rank.RankConfig(), ranking)
+    ranked = Input(shards={0: (ranking.out / "rows.parquet",)})
+    paired = task("pairs", {"ranked": ranked, "policy": policy})
+    made = pairs.run(pairs.PairsConfig(), paired)
+    assert made.counts["dropped_not_generated"] == 1
+    assert made.rows + sum(value for key, value in made.counts.items() if key.startswith("dropped_")) == 9
+    found = list(read_rows([paired.out / pairs.PAIRS], Pair))
+    tokenizer = load_tokenizer(str(model))
+    for pair in found:
+        assert pair.chosen.response != pair.rejected.response
+        assert prompt_ids(tokenizer, pair.messages)[0] == tokenizer.bos_token_id
+        ended = response_ids(tokenizer, pair.chosen.response, pair.chosen.finish_reason)[-1] == tokenizer.eos_token_id
+        assert ended == (pair.chosen.finish_reason == "stop")
+    scored = task("reference", {"pairs": Input(shards={0: (paired.out / pairs.PAIRS,)}), "reference": policy})
+    assert reference.run(reference.ReferenceConfig(dtype="float32"), scored).rows == made.rows
+    config = train.TrainConfig(**{**PLAIN, "global_batch_size": 2, "resources": train.Resources()})
+    trained = train.run(config, train_task(tmp_path / "train", scored.out / "rows.parquet", model))
+    assert trained.counts["loss_first"] > 0
+
+
+@pytest.mark.timeout(60)
+def test_its_processes_end_when_the_main_process_is_killed_without_warning(running: Running) -> None:
+    engine_and_workers = [group for _, _, group in running.result["descendants"] if group == running.result["group"]]
+    assert len(engine_and_workers) >= 2, "killing the process group ends them too"
+    assert len(running.living()) >= 3
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.process.wait()
+    deadline = time.monotonic() + 20
+    while running.living():
+        assert time.monotonic() < deadline, running.living()
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    process(Path(sys.argv[1]), Path(sys.argv[2]))
