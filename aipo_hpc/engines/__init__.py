@@ -58,6 +58,11 @@ def load_engine(config: "GenerateConfig", model: str) -> Engine:
     raise unknown_engine(config.engine)
 
 
+def prompts_per_batch(config: "GenerateConfig") -> int:
+    """How many prompts a resumed shard asks for together: vllm batches as requests come, so there each is on its own."""
+    return config.batch_size if config.engine == "transformers" else 1
+
+
 def unknown_engine(name: str) -> RecipeError:
     """The error for an engine that is not there."""
     close = get_close_matches(name, ENGINES, n=1)

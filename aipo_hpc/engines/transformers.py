@@ -6,10 +6,12 @@ have a fixed composition (``batch_size`` prompts in the shard's order), so a rep
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -22,7 +24,7 @@ from aipo_hpc.engines import Completion, Request
 from aipo_hpc.stages.generate import GenerateConfig
 
 
-class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
+class GumbelNoise(LogitsProcessor):
     """Adds to each row Gumbel noise from that row's own generator, which makes greedy decoding sample."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -43,11 +45,13 @@ class TransformersEngine:
         self._config = config
         self._tokenizer = load_tokenizer(model)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype)).to(self._device)
-        self._model.eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        self._model = loaded.to(self._device).eval()
         eos = self._model.generation_config.eos_token_id
         listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self._eos = sorted({int(token) for token in (*listed, self._tokenizer.eos_token_id)})
+        # Penalties and lengths of the model's own generation config would silently join the recipe's sampling.
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         pad = self._tokenizer.pad_token_id
         self._pad = self._eos[0] if pad is None else int(pad)
 
@@ -70,9 +74,6 @@ class TransformersEngine:
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),
                 do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 max_new_tokens=self._config.max_tokens,
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
@@ -81,7 +82,7 @@ class TransformersEngine:
         for request, row in zip(batch, output[:, width:].tolist(), strict=True):
             ends = [position for position, token in enumerate(row) if token in self._eos]
             tokens = row[: ends[0]] if ends else row
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
             yield Completion(request, text, "stop" if ends else "length", len(tokens) + bool(ends))
 
     def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:

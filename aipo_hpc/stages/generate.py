@@ -64,7 +64,7 @@ class GenerateConfig:
 def run(config: GenerateConfig, task: Task) -> Outcome:
     """Sample the candidates of this shard's prompts with the input ``policy``."""
     from aipo_hpc.chat import load_tokenizer
-    from aipo_hpc.engines import load_engine
+    from aipo_hpc.engines import load_engine, prompts_per_batch
 
     source = list(read_rows(task.inputs["prompts"].files, Prompt))
     prompts = [put(prompt, config.system_message) for prompt in shard_of(select(source, config, task), task)]
@@ -73,20 +73,16 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
         waiting = [prompt for prompt in prompts if prompt.prompt_id not in progress]
         if waiting:
             tokenizer = load_tokenizer(policy)
-            accepted: dict[str, Prompt] = {}
+            asked = {prompt.prompt_id: _ask(prompt, tokenizer, config, task) for prompt in prompts}
+            for prompt in waiting:
+                if isinstance(error := asked[prompt.prompt_id], str):
+                    progress.append(Responses(prompt.prompt_id, prompt.prompt, prompt.messages, [], error))
+            accepted = {prompt.prompt_id: prompt for prompt in prompts if not isinstance(asked[prompt.prompt_id], str)}
             requests: list[list[Request]] = []
             # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
-            for batch in _batches(prompts, config.batch_size):
-                if all(prompt.prompt_id in progress for prompt in batch):
-                    continue
-                for prompt in batch:
-                    asked = _ask(prompt, tokenizer, config, task)
-                    if isinstance(asked, str):
-                        if prompt.prompt_id not in progress:
-                            progress.append(Responses(prompt.prompt_id, prompt.prompt, prompt.messages, [], asked))
-                    else:
-                        accepted[prompt.prompt_id] = prompt
-                        requests.append(asked)
+            for batch in _batches(list(accepted), prompts_per_batch(config)):
+                if not all(prompt_id in progress for prompt_id in batch):
+                    requests += (each for prompt_id in batch if not isinstance(each := asked[prompt_id], str))
             if requests:
                 engine = load_engine(config, policy)
                 for row in _collect(accepted, engine.generate(requests), config.n):
@@ -125,9 +121,9 @@ def put(prompt: Prompt, system_message: str | None) -> Prompt:
     return replace(prompt, messages=[Message("system", system_message), *prompt.messages])
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+def _batches(prompt_ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(prompt_ids), size):
+        yield prompt_ids[start : start + size]
 
 
 def _ask(
