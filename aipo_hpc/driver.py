@@ -6,7 +6,8 @@ and start it again.
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from aipo_hpc.clusters import Cluster, Submission, TaskState
@@ -80,7 +81,8 @@ class Driver:
 
     def look(self) -> View:
         """Ask the scheduler, if its turn has come, and then list the files: what it calls over must be visible then."""
-        pending = self._unfinished()
+        done, failures = self._files()
+        pending = self._unfinished(done, failures)
         now = time.time()
         if pending and now - self._queried >= self._cluster.limits.query_interval:
             try:
@@ -89,8 +91,7 @@ class Driver:
             except ClusterError as error:
                 # A scheduler that does not answer says nothing about jobs: wait, conclude nothing.
                 self._tell(f"scheduler does not answer, waiting: {error}")
-        done = {name: self._run.job(name).done(self._graph.fingerprints[name]).keys() for name in self._graph.jobs}
-        failures = {name: self._run.job(name).failures() for name in self._graph.jobs}
+            done, failures = self._files()
         self._tell_reports()
         for submission in pending:
             states = self._states.get(submission.name, {})
@@ -111,21 +112,30 @@ class Driver:
             now=time.time(),
         )
 
-    def _unfinished(self) -> list[Submission]:
+    def _files(self) -> tuple[dict[str, AbstractSet[int]], dict[str, list[Failure]]]:
+        """Finished shards and failures by job: one listing of each folder."""
+        done: dict[str, AbstractSet[int]] = {}
+        failures: dict[str, list[Failure]] = {}
+        for name, job in self._graph.jobs.items():
+            folder = self._run.job(name)
+            done[name] = folder.done(self._graph.fingerprints[name], only=range(job.num_shards)).keys()
+            failures[name] = folder.failures()
+        return done, failures
+
+    def _unfinished(
+        self, done: Mapping[str, AbstractSet[int]], failures: Mapping[str, Sequence[Failure]]
+    ) -> list[Submission]:
         """Submissions of this graph with a shard that is neither done nor known to have failed."""
-        found: list[Submission] = []
-        for submission in self._journal.submissions.values():
-            if submission.job not in self._graph.jobs:
-                continue
-            folder = self._run.job(submission.job)
-            done = folder.done(self._graph.fingerprints[submission.job])
-            failed = {failure.attempt.rsplit(".", 1)[0] for failure in folder.failures()}
-            if any(
-                shard not in done and f"{submission.name}.{index}" not in failed
+        failed = {failure.attempt.rsplit(".", 1)[0] for each in failures.values() for failure in each}
+        return [
+            submission
+            for submission in self._journal.submissions.values()
+            if submission.job in self._graph.jobs
+            and any(
+                shard not in done[submission.job] and f"{submission.name}.{index}" not in failed
                 for index, shard in enumerate(submission.shards)
-            ):
-                found.append(submission)
-        return found
+            )
+        ]
 
     def _tell_reports(self) -> None:
         for name in self._graph.jobs:
@@ -174,7 +184,7 @@ class Driver:
 
     def cancel(self) -> None:
         """Stop all shards that wait or run; what is done stays done, and the run can be resumed."""
-        pending = self._unfinished()
+        pending = self._unfinished(*self._files())
         self._journal.note("cancel", submissions=[submission.name for submission in pending])
         self._cluster.cancel(pending)
 

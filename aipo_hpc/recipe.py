@@ -20,7 +20,7 @@ from aipo_hpc.stages.pairs import PairsConfig
 from aipo_hpc.stages.prompts import PromptsConfig
 from aipo_hpc.stages.rank import RankConfig
 from aipo_hpc.stages.reference import ReferenceConfig
-from aipo_hpc.stages.train import TrainConfig
+from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def validate(recipe: Recipe) -> None:
     for is_wrong, message in wrong:
         if is_wrong:
             raise RecipeError(f"recipe {recipe.name!r}: {message}")
+    gang = recipe.train.resources
+    gradient_accumulation_steps(recipe.train, gang.nodes * gang.tasks_per_node)
 
 
 def recipes_folder() -> Path:

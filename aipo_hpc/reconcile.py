@@ -144,8 +144,10 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
                 running = state is not None and state.running
                 alive.setdefault(submission.job, {})[shard] = (submission, running)
                 continue
-            patience = LOST_AFTER if state is None else limits.settle
-            if view.now - view.over_since.get((submission.name, index), view.now) < patience:
+            since = view.over_since.get((submission.name, index), view.now)
+            # Time in which the scheduler was not heard says nothing of what it does not know.
+            settled = view.queried - since >= LOST_AFTER if state is None else view.now - since >= limits.settle
+            if not settled:
                 alive.setdefault(submission.job, {})[shard] = (submission, False)
                 continue
             kind = "lost" if state is None else state.kind or "no_sentinel"
@@ -188,14 +190,15 @@ def _submissions(
         if on_their_way is None:
             return
         waits_for += on_their_way
-    after = tuple(Dependency(submission.name, "afterok") for submission in dict.fromkeys(waits_for))
+    after = tuple(Dependency(submission.name, "afterok") for submission in _each_once(waits_for))
     ready = [shard for shard in missing if all(shard in view.done.get(edge.job, ()) for edge in by_shard)]
     yield from _chunks(job, ready, after, limits)
     if not limits.dependencies or len(by_shard) != 1:
         return
     (edge,) = by_shard
     rest = set(missing) - set(ready)
-    for submission in dict.fromkeys(alive[edge.job][shard][0] for shard in rest if shard in alive.get(edge.job, {})):
+    living = alive.get(edge.job, {})
+    for submission in _each_once(living[shard][0] for shard in rest if shard in living):
         # Element i of the one array waits for element i of the other, so both must hold the same shards.
         if rest.issuperset(submission.shards) and _on_their_way(
             edge, set(submission.shards), graph, view, alive, limits
@@ -209,7 +212,7 @@ def _on_their_way(
 ) -> list[Submission] | None:
     """The submissions that compute these shards of an input, or None if one of them is not being computed.
 
-    Only one step ahead: what waits for its own inputs is not waited for, or one failure would take the whole chain along.
+    One whose id is not known cannot be named to the cluster: it is waited for here. Only one step ahead: what waits for its own inputs is not waited for, or one failure would take the whole chain along.
     """
     if not limits.dependencies or any(shard not in alive.get(edge.job, {}) for shard in shards):
         return None
@@ -218,7 +221,12 @@ def _on_their_way(
     for source in graph.jobs[edge.job].edges.values():
         if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
             return None
-    return [alive[edge.job][shard][0] for shard in sorted(shards)]
+    found = _each_once(alive[edge.job][shard][0] for shard in sorted(shards))
+    return None if any(submission.id is None for submission in found) else found
+
+
+def _each_once(submissions: Iterable[Submission]) -> list[Submission]:
+    return list({submission.name: submission for submission in submissions}.values())
 
 
 def _chunks(job: Job, shards: Sequence[int], after: tuple[Dependency, ...], limits: Limits) -> Iterable[Submit]:

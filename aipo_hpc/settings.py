@@ -24,10 +24,19 @@ def tuning(default: Any) -> Any:
 def content(settings: Any) -> dict[str, Any]:
     """Return the fields of ``settings`` that decide content, as plain JSON values, nested dataclasses included."""
     return {
-        field.name: plain(getattr(settings, field.name), content)
+        field.name: _whole(plain(getattr(settings, field.name), content))
         for field in dataclasses.fields(settings)
         if not field.metadata.get(_TUNING)
     }
+
+
+def _whole(value: Any) -> Any:
+    """Whole floats as integers: a recipe that says 1 and a command line that says 1.0 mean the same thing."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def everything(settings: Any) -> dict[str, Any]:

@@ -238,18 +238,18 @@ def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[i
 
 
 def expand(element: str) -> list[int]:
-    """Indices of a folded array id: ``[3-5,8%2]`` is 3, 4, 5, 8."""
+    """Indices of a folded array id: ``[3-5,8%2]`` is 3, 4, 5, 8 and ``[1-7:3]`` is 1, 4, 7."""
     indices: list[int] = []
     for part in element.strip("[]").split("%")[0].split(","):
-        first, _, last = part.partition("-")
-        if first.isdigit():
-            indices += range(int(first), int(last or first) + 1)
+        if folded := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = folded.groups()
+            indices += range(int(first), int(last or first) + 1, int(step or 1))
     return indices
 
 
 def task_state(state: str, never_ran: bool, submission: Submission, detail: str) -> TaskState:
     """What a state of Slurm means to us; one that is not known as over counts as alive."""
-    word = state.split()[0].rstrip("+")
+    word = state.partition(" ")[0].rstrip("+")
     if word not in _OVER:
         return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"))
     kind = _OVER[word]

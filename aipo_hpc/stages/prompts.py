@@ -1,6 +1,6 @@
 """prompts: a prompt source -> Prompt rows, checked and split. Runs where the run is launched, before anything is submitted.
 
-Source: a Hugging Face dataset id, a dataset folder, or a local ``.jsonl`` / ``.parquet`` file with ``prompt`` and, optionally,
+Source: a Hugging Face dataset id, a dataset folder (of files, or as ``save_to_disk`` wrote it), or a local ``.jsonl`` / ``.parquet`` file with ``prompt`` and, optionally,
 ``prompt_id`` and ``messages``. Order is by a hash of run seed and prompt id, so it does not depend on the source's order;
 the first ``num_held_out`` prompts of that order are kept for evaluation and never trained on.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_hpc.errors import DataError
+from aipo_hpc.identity import looks_local
 from aipo_hpc.rows import Message, Prompt, write_rows
 from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
@@ -121,11 +122,16 @@ def _prompt(where: str, row: dict[str, Any], config: PromptsConfig) -> Prompt:
 def _conversation(where: str, messages: Any) -> list[Message]:
     """The turns up to and including the user's last one (a dataset's own answers after it are not the prompt)."""
     try:
-        turns = [Message(str(turn["role"]), str(turn["content"])) for turn in messages]
+        turns = [Message(turn["role"], turn["content"]) for turn in messages]
     except (TypeError, KeyError) as error:
         raise DataError(
             f"{where}: 'messages' must be a list of {{role, content}}; got {str(messages)[:80]}."
         ) from error
+    for turn in turns:
+        if not isinstance(turn.role, str) or not isinstance(turn.content, str):
+            raise DataError(
+                f"{where}: a turn's role and content must be text; got {turn.role!r:.40} and {turn.content!r:.40}."
+            )
     while turns and turns[-1].role != "user":
         turns.pop()
     if not turns:
@@ -166,13 +172,23 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _dataset(source: str, config: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
-    if Path(source).suffix and not Path(source).exists():
+    path = Path(source)
+    if path.is_file():
+        raise DataError(f"{source}: not a .jsonl or .parquet file. Give one of these, or a Hugging Face dataset id.")
+    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet") or looks_local(source)):
         raise DataError(
             f"{source}: no such file. Give the path of a .jsonl or .parquet file, or a Hugging Face dataset id."
         )
     try:
-        loaded = datasets.load_dataset(source, split=config.split, revision=config.revision, num_proc=config.num_proc)
-    except (OSError, ValueError) as error:  # datasets raises subclasses of these for a missing id, split or network
+        if (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(source)[config.split]
+        elif (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(
+                source, split=config.split, revision=config.revision, num_proc=config.num_proc
+            )
+    except (OSError, ValueError, KeyError) as error:  # datasets raises these for a missing id, split or network
         raise DataError(
             f"prompts {source!r}, split {config.split!r} cannot be loaded: {error}\n"
             "Give a Hugging Face dataset id that is reachable from here (or in the local cache), or a local file."

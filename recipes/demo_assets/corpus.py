@@ -19,7 +19,7 @@ from typing import Any
 
 FAILURES = ("curt", "rude", "rambling", "repetitive", "unfinished", "off-topic")
 NUM_PROMPTS = 280
-NEW_ITEMS = 0.22
+NEW_ITEMS = 0.1
 """The share of the items with a pattern (things, animals, jobs, notes, sums) that only prompts.jsonl has."""
 SECOND_WORDING = 0.7
 """The share of the corpus' items that it asks for in two wordings."""
@@ -45,12 +45,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Pair:
-    """One row of corpus.jsonl; ``failure`` (which way ``rejected`` fails) stays out of the file."""
+    """One row of corpus.jsonl; ``failure`` (the way ``rejected`` fails) and ``bad`` stay out of the file."""
 
     prompt: str
     chosen: str
     rejected: str
     failure: str
+    bad: tuple[str, ...]
+    """One bad answer for each way of failing, ``rejected`` among them."""
 
 
 def capital(text: str) -> str:
@@ -226,8 +228,8 @@ def compose(text: Path, seed: int) -> tuple[list[Pair], list[str]]:
             continue
         for prompt in wordings[1:] if rng.random() < SECOND_WORDING else wordings[1:2]:
             failure = turn[len(pairs) % len(turn)]
-            rejected = spoil(item, failure, everything, world["bad"], rng)
-            pairs.append(Pair(prompt, item.answer, rejected, failure))
+            bad = {how: spoil(item, how, everything, world["bad"], rng) for how in FAILURES}
+            pairs.append(Pair(prompt, item.answer, bad[failure], failure, tuple(bad.values())))
     unseen = [prompt for is_new, prompt in fresh if is_new]
     reworded = rng.sample([prompt for is_new, prompt in fresh if not is_new], NUM_PROMPTS - len(unseen))
     prompts = unseen + reworded

@@ -35,9 +35,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 POLICY_VOCABULARY = 1536
-POLICY_EPOCHS = 24
+POLICY_EPOCHS = 6
 POLICY_BATCH = 32
 POLICY_LEARNING_RATE = 2e-3
+POLICY_GOOD_SHARE = 4
+"""How often the policy reads a prompt's good answer for each time that it reads one bad answer of each of the six kinds.
+All six, so that it learns that answers may be bad, not which prompts are answered badly."""
+RANKER_VOCABULARY = 1536
+RANKER_EPOCHS = 20
+RANKER_BATCH = 12
+RANKER_LEARNING_RATE = 1e-3
+RANKER_HELD_OUT = 0.15
+"""The share of the corpus' questions that the ranker is measured on and never trained on."""
 
 
 def main() -> None:
@@ -58,6 +67,8 @@ def main() -> None:
         print(f"text: {len(pairs)} pairs, {len(prompts)} prompts")
     if arguments.only in (None, "policy"):
         make_policy(pairs, prompts, arguments.out / "policy", arguments.seed)
+    if arguments.only in (None, "ranker"):
+        make_ranker(pairs, arguments.out / "ranker", arguments.seed)
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------
@@ -86,7 +97,7 @@ def make_policy(pairs: Sequence[corpus.Pair], prompts: Sequence[str], out: Path,
     )
     examples = []
     for pair in pairs:
-        for answer in (pair.chosen, pair.rejected):
+        for answer in [pair.chosen] * POLICY_GOOD_SHARE + list(pair.bad):
             prompt_ids = chat_ids(tokenizer, pair.prompt)
             examples.append((prompt_ids, [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]))
 
@@ -167,6 +178,115 @@ def report_policy(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int)
     print(f"policy: {ended} of {len(lengths)} answers end by themselves; {sum(lengths) / len(lengths):.0f} characters")
 
 
+# --- the ranker ------------------------------------------------------------------------------------------------------
+
+Comparison = tuple[str, str, str]
+"""A prompt, the better answer and the worse one."""
+
+
+def make_ranker(pairs: Sequence[corpus.Pair], out: Path, seed: int) -> None:
+    """Train the ranker on comparisons, measure it on questions it has not seen, and write it."""
+    from aipo_hpc.rankers.deberta import EncoderConfig
+    from aipo_hpc.rankers.pairrm import PairRM
+
+    rng = random.Random(seed)
+    questions = sorted({pair.chosen for pair in pairs})
+    held = set(rng.sample(questions, round(RANKER_HELD_OUT * len(questions))))
+    seen = [pair for pair in pairs if pair.chosen not in held]
+    unseen = [pair for pair in pairs if pair.chosen in held]
+
+    tokenizer = ranker_tokenizer([text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)])
+    torch.manual_seed(seed)
+    config = EncoderConfig(
+        vocab_size=0,  # set by the tokenizer
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        position_buckets=64,
+        attention_probs_dropout_prob=0.0,
+    )
+    ranker = PairRM.new(config, tokenizer, drop_out=0.1)
+
+    def loss_of(batch: list[corpus.Pair]) -> torch.Tensor:
+        drawn = [comparison for pair in batch for comparison in comparisons(pair, seen, rng)]
+        swapped = [rng.random() < 0.5 for _ in drawn]
+        first = [worse if swap else better for (_, better, worse), swap in zip(drawn, swapped, strict=True)]
+        second = [better if swap else worse for (_, better, worse), swap in zip(drawn, swapped, strict=True)]
+        logits = ranker.compare([prompt for prompt, _, _ in drawn], first, second)
+        sign = torch.tensor([-1.0 if swap else 1.0 for swap in swapped])
+        return torch.nn.functional.softplus(-sign * logits).mean()
+
+    fit(ranker.model, seen, loss_of, RANKER_EPOCHS, RANKER_BATCH, RANKER_LEARNING_RATE, seed, "ranker")
+    ranker.save(out)
+    (out / "model.safetensors").chmod(0o644)
+    report_ranker(ranker, unseen, rng)
+
+
+def ranker_tokenizer(texts: Sequence[str]) -> Any:
+    """A Unigram vocabulary of the texts, with bytes for what it does not know."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    learner: Any = Tokenizer(models.Unigram())
+    learner.normalizer = normalizers.NFKC()
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=RANKER_VOCABULARY, special_tokens=tokens, unk_token="[UNK]", show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    # The trainer drops byte fallback, so the model is built once more from what it learnt.
+    vocabulary = [(token, score) for token, score in json.loads(learner.to_str())["model"]["vocab"]]
+    tokenizer: Any = Tokenizer(models.Unigram(vocabulary, unk_id=special.index("[UNK]"), byte_fallback=True))
+    tokenizer.normalizer = learner.normalizer
+    tokenizer.pre_tokenizer = learner.pre_tokenizer
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def comparisons(pair: corpus.Pair, pairs: Sequence[corpus.Pair], rng: random.Random) -> list[Comparison]:
+    """Comparisons on one prompt: with its own rejected answer, and with two of the answers ``spoilt`` makes."""
+    wrong = list(spoilt(pair, pairs, rng).values())
+    return [(pair.prompt, pair.chosen, worse) for worse in (pair.rejected, *rng.sample(wrong, min(2, len(wrong))))]
+
+
+def spoilt(pair: corpus.Pair, pairs: Sequence[corpus.Pair], rng: random.Random) -> dict[str, str]:
+    """Wrong answers to a prompt, made from good ones: by what is wrong with them."""
+    words = pair.chosen.split()
+    alike = [other for other in pairs if other.chosen[:4] == pair.chosen[:4] and other.chosen != pair.chosen]
+    far = rng.choice([other for other in rng.sample(pairs, 8) if other.chosen != pair.chosen]).chosen
+    near = rng.choice(alike).chosen if alike else far
+    cut = rng.randint(2, len(words) - 2)
+    tail = near.split()
+    mixed = [*words[:cut], *tail[min(cut, len(tail) - 1) :]]
+    start = rng.randint(1, len(words) - 4)
+    shuffled_part = rng.sample(words[start : start + 4], 4)
+    garbled = [*words[:start], *shuffled_part, *words[start + 4 :]]
+    wrong = {
+        "cut short": " ".join(words[: rng.randint(2, len(words) - 1)]),
+        "another answer": rng.choice([near, far]),
+        "two answers mixed": " ".join(mixed),
+        "words in disorder": " ".join(garbled),
+    }
+    return {how: text for how, text in wrong.items() if text != pair.chosen}
+
+
+def report_ranker(ranker: Any, unseen: Sequence[corpus.Pair], rng: random.Random) -> None:
+    """Print how often the better of two answers wins, on prompts whose good answer the ranker has never seen."""
+    right: dict[str, list[float]] = {}
+    for pair in unseen:
+        worse = {pair.failure: pair.rejected, **spoilt(pair, unseen, rng)}
+        rankings = ranker.rank([pair.prompt] * len(worse), [[pair.chosen, text] for text in worse.values()])
+        for how, ranking in zip(worse, rankings, strict=True):
+            right.setdefault(how, []).append(float(ranking.ranks[0] < ranking.ranks[1]))
+    own = [value for how in corpus.FAILURES for value in right[how]]
+    print(f"ranker: accuracy on the corpus' own pairs, {len(own)} held out: {sum(own) / len(own):.3f}")
+    for how, values in right.items():
+        print(f"ranker:   {how:18} {sum(values) / len(values):.3f} of {len(values)}")
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +319,7 @@ def fit(
             schedule.step()
             optimizer.zero_grad()
             total, steps = total + loss.item(), steps + 1
-        if epoch % 4 == 3 or epoch == epochs - 1:
+        if epoch % 2 == 1 or epoch == epochs - 1:
             print(f"{name}: epoch {epoch + 1}/{epochs} loss {total / steps:.3f} ({time.monotonic() - started:.0f} s)")
 
 
