@@ -136,7 +136,7 @@ def test_lone_surrogates_and_bytes_that_are_no_utf8_become_replacement_character
         ("\n\n", "{path}: no prompts in it. Give a source with at least one row."),
         (
             '{"prompt": "a"}\n\n{"prompt": \n',
-            "{path}, line 3: not JSON (Expecting value: line 2 column 1 (char 12)). Each line must be one JSON object.",
+            "{path}, line 3: not JSON (Expecting value, column 12). Each line must be one JSON object.",
         ),
         ('{"prompt": "a"}\n["b"]\n', "{path}, line 2: a JSON list, not an object with a 'prompt'."),
         (

@@ -1,7 +1,7 @@
 """prompts: a prompt source -> Prompt rows, checked and split. Runs where the run is launched, before anything is submitted.
 
-Source: a Hugging Face dataset id, a dataset folder (of files, or as ``save_to_disk`` wrote it), or a local ``.jsonl`` / ``.parquet`` file with ``prompt`` and, optionally,
-``prompt_id`` and ``messages``. Order is by a hash of run seed and prompt id, so it does not depend on the source's order;
+Source: a Hugging Face dataset id, a dataset folder (of files, or as ``save_to_disk`` wrote it), or a local ``.jsonl`` or
+``.parquet`` file with ``prompt`` and, optionally, ``prompt_id`` and ``messages``. Order is by a hash of run seed and prompt id, so it does not depend on the source's order;
 the first ``num_held_out`` prompts of that order are kept for evaluation and never trained on.
 """
 
@@ -146,9 +146,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+                row = json.loads(line.rstrip("\n"))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not JSON ({error.msg}, column {error.colno}). Each line must be one JSON object."
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a JSON {type(row).__name__}, not an object with a 'prompt'.")
             yield where, row
