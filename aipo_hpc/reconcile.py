@@ -140,7 +140,7 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
             if shard in view.done.get(submission.job, ()) or f"{submission.name}.{index}" in failed:
                 continue
             state = states.get(index)
-            if state is not None and state.alive or view.queried <= submission.time:
+            if (state is not None and state.alive) or view.queried <= submission.time:
                 running = state is not None and state.running
                 alive.setdefault(submission.job, {})[shard] = (submission, running)
                 continue
@@ -212,12 +212,11 @@ def _on_their_way(
 ) -> list[Submission] | None:
     """The submissions that compute these shards of an input, or None if one of them is not being computed.
 
-    One whose id is not known cannot be named to the cluster: it is waited for here. Only one step ahead: what waits for its own inputs is not waited for, or one failure would take the whole chain along.
+    One whose id is not known cannot be named to the cluster: it is waited for here. Only one step ahead: what waits for
+    its own inputs is not waited for, or one failure would take the whole chain along.
     """
     if not limits.dependencies or any(shard not in alive.get(edge.job, {}) for shard in shards):
         return None
-    if any(alive[edge.job][shard][0].id is None for shard in shards):
-        return None  # it is not known yet what to wait for
     for source in graph.jobs[edge.job].edges.values():
         if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
             return None

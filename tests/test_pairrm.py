@@ -367,5 +367,5 @@ def test_an_unknown_dtype_or_an_empty_batch_is_refused(checkpoint):
 def test_an_encoder_config_reads_what_it_writes():
     config = EncoderConfig(300, 64, 3, 2, 96, position_buckets=32, max_position_embeddings=64)
     assert EncoderConfig.from_dict(config.to_dict(), "here") == config
-    with pytest.raises(DataError, match="here: .*intermediate_size"):
+    with pytest.raises(DataError, match=r"here: .*intermediate_size"):
         EncoderConfig.from_dict({**dataclasses.asdict(config), "intermediate_size": None}, "here")

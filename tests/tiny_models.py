@@ -14,7 +14,7 @@ _WORDS = """
     what why how who where is are was were the a an of to in and or not red blue green small large old new
     dog cat bird fish tree river stone house city moon sun star rain snow fire water eats sees finds likes makes
     one two three four five six seven eight nine ten write tell explain list name answer question story reason
-""".split()  # noqa: SIM905
+""".split()
 
 
 def tiny_tokenizer_folder(folder: Path, *, adds_bos: bool = False) -> Path:

@@ -17,7 +17,7 @@ from aipo_hpc.stages import reference, train
 from aipo_hpc.task import Input, Outcome, Task
 
 REPOSITORY = Path(__file__).parents[1]
-WORDS = "red blue green small large old new dog cat bird fish tree river stone house city moon sun star rain".split()  # noqa: SIM905
+WORDS = "red blue green small large old new dog cat bird fish tree river stone house city moon sun star rain".split()
 
 PLAIN: dict[str, Any] = {
     "dtype": "float32",

@@ -107,7 +107,8 @@ _FAMILY: dict[str, Any] = {
 
 def log_buckets(num_distances: int, position_buckets: int, max_position: int) -> Tensor:
     """The bucket of each distance 0, 1, ..., ``num_distances`` - 1: the distance itself up to half of the buckets, then
-    logarithmic steps that end at ``max_position``. Negative distances have the negated bucket. Returns int64 (R,)."""
+    logarithmic steps that end at ``max_position``. Negative distances have the negated bucket. Returns int64 (R,).
+    """
     distance = torch.arange(num_distances, dtype=torch.float32)
     half = position_buckets // 2
     last = torch.log(torch.tensor((max_position - 1) / half))

@@ -1,8 +1,9 @@
 """prompts: a prompt source -> Prompt rows, checked and split. Runs where the run is launched, before anything is submitted.
 
 Source: a Hugging Face dataset id, a dataset folder (of files, or as ``save_to_disk`` wrote it), or a local ``.jsonl`` or
-``.parquet`` file with ``prompt`` and, optionally, ``prompt_id`` and ``messages``. Order is by a hash of run seed and prompt id, so it does not depend on the source's order;
-the first ``num_held_out`` prompts of that order are kept for evaluation and never trained on.
+``.parquet`` file with ``prompt`` and, optionally, ``prompt_id`` and ``messages``. Order is by a hash of run seed and prompt
+id, so it does not depend on the source's order; the first ``num_held_out`` prompts of that order are kept for evaluation and
+never trained on.
 """
 
 import hashlib
