@@ -106,8 +106,10 @@ _FAMILY: dict[str, Any] = {
 
 
 def log_buckets(num_distances: int, position_buckets: int, max_position: int) -> Tensor:
-    """The bucket of each distance 0, 1, ..., ``num_distances`` - 1: the distance itself up to half of the buckets, then
-    logarithmic steps that end at ``max_position``. Negative distances have the negated bucket. Returns int64 (R,).
+    """Return the bucket of each distance 0, 1, ..., ``num_distances`` - 1 as int64 (R,).
+
+    It is the distance itself up to half of the buckets, then logarithmic steps that end at ``max_position``. Negative
+    distances have the negated bucket.
     """
     distance = torch.arange(num_distances, dtype=torch.float32)
     half = position_buckets // 2
@@ -187,6 +189,7 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """Project, add the residual and normalize: (..., width) and (..., hidden) to (..., hidden)."""
         normalized: Tensor = self.LayerNorm(self.dropout(self.dense(states)) + residual)
         return normalized
 

@@ -130,8 +130,10 @@ class PairRM:
 
     @classmethod
     def new(cls, config: EncoderConfig, tokenizer: Tokenizer, **settings: Any) -> "PairRM":
-        """Make an untrained ranker on the CPU. The prefix tokens are added to ``tokenizer`` if it lacks them, and the
-        vocabulary size of ``config`` is set to the result; ``settings`` override those of the published ranker.
+        """Make an untrained ranker on the CPU.
+
+        The prefix tokens are added to ``tokenizer`` if it lacks them, and the vocabulary size of ``config`` is set to the
+        result; ``settings`` override those of the published ranker.
         """
         pairrm_folder.prepare_tokenizer(tokenizer)
         config = EncoderConfig(**{**config.__dict__, "vocab_size": tokenizer.get_vocab_size()})
