@@ -21,6 +21,8 @@ from aipo_hpc.record import read_graph
 from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "recipe=demo", "cluster=slurm", "iterations=1", "data.limit=24", "data.num_held_out=6", "generate.n=3",
     "generate.max_tokens=12", "train.num_train_epochs=1", "train.save_steps=1", "train.global_batch_size=8",
