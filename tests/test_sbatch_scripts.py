@@ -61,7 +61,9 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
 
     def sbatch(*arguments: str | Path) -> str:
         small = ("--cpus-per-task=1", "--gpus-per-node=0")
-        return slurm_sandbox.run("sbatch", "--wait", "--parsable", *small, *map(str, arguments), cwd=tmp_path, timeout=200)
+        return slurm_sandbox.run(
+            "sbatch", "--wait", "--parsable", *small, *map(str, arguments), cwd=tmp_path, timeout=200
+        )
 
     assert launch([*fields, "drive=prepare"]) == 0
     assert not done_shards(run, "iter-00/generate")
