@@ -3,10 +3,13 @@
     driver.lease/owner.json   host, pid, boot id and start time of the process; renewed while it lives
     driver.lease/cancel       someone asks the driver to stop the run
 
-Making a folder is atomic also on NFS, so whoever makes it holds the lease. It is taken over by renaming the folder away,
-which only one can do: at once if its owner is seen to be dead on this host, else when it was not renewed for a while.
+Renaming a folder is atomic also on NFS, and fails if the new name is a folder with something in it. So a driver prepares its
+folder aside and renames it to the lease: that succeeds for one. The lease of a dead owner is first renamed to a name that
+follows from the owner alone, where it stays: of two that found the same owner dead, the second fails there, and cannot take
+the first one's new lease away. An owner on this host is seen to be dead at once, else when it did not renew for a while.
 """
 
+import errno
 import json
 import os
 import platform
@@ -18,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from aipo_hpc.durable import list_names, write_durably
+from aipo_hpc.durable import full_disk_named, list_names, write_durably
 from aipo_hpc.errors import RunError
 from aipo_hpc.processes import start_time
-from aipo_hpc.store import LEASE, Run
+from aipo_hpc.store import LEASE, SET_ASIDE, Run
 
 _RENEW_SECONDS = 15.0
 _EXPIRES_SECONDS = 120.0
@@ -41,14 +44,10 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         while True:
-            try:
-                self._folder.mkdir(mode=0o700)
-            except FileExistsError:
-                self._take_over()
-            else:
-                self._write()
+            if self._take_free():
                 self._thread.start()
                 return self
+            self._take_over()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -67,7 +66,22 @@ class Lease:
         """Whether someone asked, by `request_cancel`, that this driver stops the run."""
         return _CANCEL in list_names(self._folder)
 
-    def _write(self) -> None:
+    def _take_free(self) -> bool:
+        """Take the lease if nobody has it."""
+        prepared = self._folder.with_name(f".{LEASE}.{self._token}")
+        with full_disk_named(prepared):
+            prepared.mkdir(mode=0o700, exist_ok=True)
+            self._write(prepared)
+        try:
+            os.rename(prepared, self._folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+                raise
+            shutil.rmtree(prepared, ignore_errors=True)
+        # By what stands there, not by the answer: a server may repeat a rename whose answer was lost.
+        return self.holds()
+
+    def _write(self, folder: Path) -> None:
         owner = {
             "token": self._token,
             "host": platform.node(),
@@ -76,35 +90,40 @@ class Lease:
             "boot_id": _boot_id(),
             "heartbeat": time.time(),
         }
-        write_durably(self._folder / _OWNER, json.dumps(owner, indent=1) + "\n")
+        write_durably(folder / _OWNER, json.dumps(owner, indent=1) + "\n")
 
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_SECONDS):
             if not self.holds():
                 return
             with suppress(OSError):
-                self._write()
+                self._write(self._folder)
 
     def _take_over(self) -> None:
+        """Move the lease of a dead owner out of the way. Raises RunError if the owner lives."""
         owner = read_owner(self._run)
         if owner is None:
-            # Its maker died between making the folder and writing into it, or is just about to write.
+            # Its owner is just removing it, or was killed at that.
+            time.sleep(0.2)
             with suppress(FileNotFoundError):
-                age = time.time() - self._folder.stat().st_mtime
-                if age < _RENEW_SECONDS:
-                    time.sleep(0.2)
-                    return
-        elif is_alive(owner):
+                if time.time() - self._folder.stat().st_mtime > _RENEW_SECONDS:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+            return
+        if is_alive(owner):
             raise RunError(
                 f"{self._run.path}: is being driven by process {owner['pid']} on {owner['host']} "
                 f"(last sign of life {time.time() - owner['heartbeat']:.0f} s ago). To watch it, type: "
                 f"python -m aipo_hpc status {self._run.path}; to stop it: python -m aipo_hpc cancel {self._run.path}"
             )
-        with suppress(FileNotFoundError):
-            aside = self._folder.with_name(f"{LEASE}.{time.time_ns()}")
+        aside = self._run.path / SET_ASIDE / f"{LEASE}.{owner['token']}"
+        aside.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
             os.rename(self._folder, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-            self._run.append_journal("lease_taken_over", of=owner)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+                raise
+            return  # somebody else was first
+        self._run.append_journal("lease_taken_over", of=owner)
 
 
 def request_cancel(run: Run) -> None:
