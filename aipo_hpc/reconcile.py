@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.failures import KINDS
@@ -120,13 +121,21 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
         tuple(submit),
         tuple(record),
         tuple(given_up),
-        {job: {shard: running for shard, (_, running) in shards.items()} for job, shards in alive.items()},
+        {job: {shard: element.running for shard, element in shards.items()} for job, shards in alive.items()},
         finished,
     )
 
 
-Living = dict[str, dict[int, tuple[Submission, bool]]]
-"""By job and shard: the submission that computes it, and whether it is known to run."""
+class _Element(NamedTuple):
+    """What computes a shard. Not ``sure``: it ended, or is not known, and files or scheduler may yet tell more."""
+
+    submission: Submission
+    running: bool
+    sure: bool = True
+
+
+Living = dict[str, dict[int, _Element]]
+"""By job and shard."""
 
 
 def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
@@ -142,13 +151,13 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
             state = states.get(index)
             if (state is not None and state.alive) or view.queried <= submission.time:
                 running = state is not None and state.running
-                alive.setdefault(submission.job, {})[shard] = (submission, running)
+                alive.setdefault(submission.job, {})[shard] = _Element(submission, running)
                 continue
             since = view.over_since.get((submission.name, index), view.now)
             # Time in which the scheduler was not heard says nothing of what it does not know.
             settled = view.queried - since >= LOST_AFTER if state is None else view.now - since >= limits.settle
             if not settled:
-                alive.setdefault(submission.job, {})[shard] = (submission, False)
+                alive.setdefault(submission.job, {})[shard] = _Element(submission, False, sure=False)
                 continue
             kind = "lost" if state is None else state.kind or "no_sentinel"
             message = state.detail if state is not None and state.detail else KINDS[kind].advice
@@ -198,7 +207,7 @@ def _submissions(
     (edge,) = by_shard
     rest = set(missing) - set(ready)
     living = alive.get(edge.job, {})
-    for submission in _each_once(living[shard][0] for shard in rest if shard in living):
+    for submission in _each_once(living[shard].submission for shard in rest if shard in living):
         # Element i of the one array waits for element i of the other, so both must hold the same shards.
         if rest.issuperset(submission.shards) and _on_their_way(
             edge, set(submission.shards), graph, view, alive, limits
@@ -212,15 +221,17 @@ def _on_their_way(
 ) -> list[Submission] | None:
     """The submissions that compute these shards of an input, or None if one of them is not being computed.
 
-    One whose id is not known cannot be named to the cluster: it is waited for here. Only one step ahead: what waits for
-    its own inputs is not waited for, or one failure would take the whole chain along.
+    One whose id is not known cannot be named to the cluster, and one that is over or unknown there gates nothing: they
+    are waited for here. Only one step ahead: what waits for its own inputs is not waited for, or one failure would take
+    the whole chain along.
     """
-    if not limits.dependencies or any(shard not in alive.get(edge.job, {}) for shard in shards):
+    living = alive.get(edge.job, {})
+    if not limits.dependencies or not all(shard in living and living[shard].sure for shard in shards):
         return None
     for source in graph.jobs[edge.job].edges.values():
         if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
             return None
-    found = _each_once(alive[edge.job][shard][0] for shard in sorted(shards))
+    found = _each_once(living[shard].submission for shard in sorted(shards))
     return None if any(submission.id is None for submission in found) else found
 
 
@@ -237,24 +248,29 @@ class _Room:
     """Cores and GPUs that are left, on a cluster without a queue of its own."""
 
     def __init__(self, limits: Limits, graph: Graph, alive: Living) -> None:
-        self._cpus, self._gpus = limits.cpus, limits.gpus
+        self._limits = limits
+        self._cpus, self._gpus = limits.cpus or 0, limits.gpus or 0
         for name, shards in alive.items():
             for _ in shards:
                 self._take(graph.jobs[name])
 
     def fit(self, job: Job, send: Submit) -> list[Submit]:
         """The submission if it fits now, else nothing; it comes again at the next look."""
-        return [send] if self._take(job) else []
+        if self._limits.cpus is None:
+            return [send]
+        cpus, gpus = self._needs(job)
+        if cpus > self._cpus or gpus > self._gpus:
+            return []
+        self._take(job)
+        return [send]
 
-    def _take(self, job: Job) -> bool:
-        """Take what one shard needs, if it is there; more cores than the machine has are asked for as all of them."""
-        assert job.resources is not None
-        if self._cpus is None or self._gpus is None:
-            return True
-        cpus = job.resources.cpus_per_task * job.resources.tasks_per_node
-        gpus = job.resources.gpus_per_node
-        if self._cpus <= 0 or gpus > self._gpus:
-            return False
+    def _take(self, job: Job) -> None:
+        cpus, gpus = self._needs(job)
         self._cpus -= cpus
         self._gpus -= gpus
-        return True
+
+    def _needs(self, job: Job) -> tuple[int, int]:
+        """What one shard needs; more cores than the machine has are asked for as all of them."""
+        assert job.resources is not None
+        cpus = job.resources.cpus_per_task * job.resources.tasks_per_node
+        return min(cpus, self._limits.cpus or 0), job.resources.gpus_per_node
