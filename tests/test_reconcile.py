@@ -192,15 +192,23 @@ def ok(name: str) -> Dependency:
     ("arrays", "done", "expected"),
     [
         ([sent("s-1", A, ALL)], {}, [Submit(B, (0, 1, 2, 3), (corr("s-1"),))]),
-        ([sent("s-1", A, (0, 1)), sent("s-2", A, (2, 3))], {}, [Submit(B, (0, 1), (corr("s-1"),)), Submit(B, (2, 3), (corr("s-2"),))]),
-        ([sent("s-1", A, (0, 1, 3)), sent("s-2", A, (2,))], {}, [Submit(B, (0, 1, 3), (corr("s-1"),)), Submit(B, (2,), (ok("s-2"),))]),
+        (
+            [sent("s-1", A, (0, 1)), sent("s-2", A, (2, 3))],
+            {},
+            [Submit(B, (0, 1), (corr("s-1"),)), Submit(B, (2, 3), (corr("s-2"),))],
+        ),
+        (
+            [sent("s-1", A, (0, 1, 3)), sent("s-2", A, (2,))],
+            {},
+            [Submit(B, (0, 1, 3), (corr("s-1"),)), Submit(B, (2,), (ok("s-2"),))],
+        ),
         ([sent("s-1", A, ALL)], {A: {1}}, [Submit(B, (1,))]),
         ([sent("s-1", A, (2, 3))], {A: {0, 1}}, [Submit(B, (0, 1)), Submit(B, (2, 3), (corr("s-1"),))]),
         ([sent("s-1", A, ALL), sent("s-2", B, (0,))], {}, []),
         ([sent("s-1", A, ALL, id=None)], {}, []),
     ],
-    ids=["same shards", "two arrays", "array and single", "one done already", "leftover array", "one sent already", "id not known"],
-)  # fmt: skip
+    ids=["same shards", "two arrays", "array and single", "one done", "leftovers", "one sent already", "id not known"],
+)
 def test_a_shard_is_sent_against_its_own_input_where_both_arrays_hold_the_same_shards(
     arrays: list[Submission], done: dict[str, set[int]], expected: list[Submit]
 ) -> None:
