@@ -69,8 +69,9 @@ class Driver:
                 time.sleep(poll_seconds)
 
     def tick(self) -> Decision:
-        """One look, one decision, and its execution."""
+        """One look, one decision, and its execution. Raises RunFailed if another driver has taken over."""
         view = self.look()
+        self._check_lease()
         decision = reconcile(self._graph, view, self._cluster.limits)
         for record in decision.record:
             self._record(record)
@@ -165,8 +166,7 @@ class Driver:
             self._tell(f"{record.job} shard {record.shard}: {record.kind}, {record.message}")
 
     def _submit(self, submit: Submit) -> None:
-        if not self._lease.holds():
-            raise RunFailed(f"{self._run.path}: another driver has taken over this run; this one stops.")
+        self._check_lease()
         submission = self._journal.intend(self._run_id, submit.job, submit.shards, submit.after)
         after = [self._journal.submissions[dependency.after] for dependency in submit.after]
         try:
@@ -181,6 +181,10 @@ class Driver:
         self._journal.submitted(submission, identifier)
         waits = f", after {', '.join(sorted({each.job for each in after}))}" if after else ""
         self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}")
+
+    def _check_lease(self) -> None:
+        if not self._lease.holds():
+            raise RunFailed(f"{self._run.path}: another driver has taken over this run; this one stops.")
 
     def cancel(self) -> None:
         """Stop all shards that wait or run; what is done stays done, and the run can be resumed."""
