@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
-from aipo_hpc.errors import ClusterError, RunFailed, SubmitRefused
+from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
 from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
@@ -53,6 +54,7 @@ class Driver:
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
         self._over_since: dict[Element, float] = {}
+        self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
 
     def follow(self, poll_seconds: float) -> None:
         """Drive until the run is finished. Raises RunFailed when it cannot go on, Cancelled when asked to stop."""
@@ -76,7 +78,8 @@ class Driver:
         for record in decision.record:
             self._record(record)
         for submit in decision.submit:
-            self._submit(submit)
+            if not self._submit(submit):
+                break
         self._show(decision, view)
         return decision
 
@@ -111,6 +114,7 @@ class Driver:
             over_since=self._over_since,
             fence=self._journal.fence,
             now=time.time(),
+            room=self._allowance.at(time.time()),
         )
 
     def _files(self) -> tuple[dict[str, AbstractSet[int]], dict[str, list[Failure]]]:
@@ -165,22 +169,32 @@ class Driver:
         if record.kind != "dependency":
             self._tell(f"{record.job} shard {record.shard}: {record.kind}, {record.message}")
 
-    def _submit(self, submit: Submit) -> None:
+    def _submit(self, submit: Submit) -> bool:
+        """Send shards off; False if the scheduler has no room for them now."""
         self._check_lease()
         submission = self._journal.intend(self._run_id, submit.job, submit.shards, submit.after)
         after = [self._journal.submissions[dependency.after] for dependency in submit.after]
         try:
+            self._check_lease()  # once more: writing the intent may have taken long on a file system that hangs
             identifier = self._cluster.submit(self._run, self._graph.jobs[submit.job], submission, after)
-        except SubmitRefused as error:
+        except (SubmitRefused, RunFailed) as error:
             self._journal.refused(submission, str(error))
             raise
+        except NoRoom as error:
+            self._journal.refused(submission, str(error))
+            if self._allowance.at(time.time()) is None:
+                self._tell(f"{error}; sending fewer at once from now on, the rest as there is room")
+            self._allowance.refused(len(submit.shards), time.time())
+            return False
         except ClusterError as error:
             # It may have been taken all the same: it is looked up by name before anything is sent again.
             self._tell(f"{error}")
-            return
+            return True
         self._journal.submitted(submission, identifier)
+        self._allowance.accepted(len(submit.shards))
         waits = f", after {', '.join(sorted({each.job for each in after}))}" if after else ""
         self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}")
+        return True
 
     def _check_lease(self) -> None:
         if not self._lease.holds():

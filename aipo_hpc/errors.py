@@ -8,7 +8,8 @@
     │   ├── DriftError         a relaunch whose settings differ from what was already computed
     │   └── RunError           a run directory that cannot be used: another recipe's, unwritable, driven by someone else
     ├── ClusterError           the scheduler said no, or did not answer
-    │   └── SubmitRefused      ... and it will say no again: a mistyped partition, a limit
+    │   ├── SubmitRefused      ... and it will say no again: a mistyped partition, a limit of one job
+    │   └── NoRoom             ... because too much is waiting or running already: fewer, or later
     ├── InputNotVisible        a finished input is not (yet) to be seen from this node
     ├── DiskFull               no space left where the run lives
     └── RunFailed              nothing in the run can proceed any more
@@ -51,6 +52,10 @@ class ClusterError(AipoError):
 
 class SubmitRefused(ClusterError):
     """The scheduler refused a submission and would refuse it again."""
+
+
+class NoRoom(ClusterError):
+    """The scheduler takes no more jobs of this user for now."""
 
 
 class InputNotVisible(AipoError):

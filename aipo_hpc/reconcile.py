@@ -15,7 +15,7 @@ It keeps no state, so a driver may die anywhere and another goes on by the same 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
@@ -48,6 +48,8 @@ class View:
     fence: int
     """Fencing number of this launch: failures of earlier ones are forgiven."""
     now: float
+    room: int | None = None
+    """How many shards may be sent now, where the scheduler is known to take only so many."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,13 @@ class Decision:
     alive: Mapping[str, Mapping[int, bool]] = field(default_factory=dict)
     """Shards that wait or run, by job; True: the scheduler says that it runs."""
     finished: bool = False
+    held: bool = False
+    """Something could be sent, but the scheduler has no room for it now."""
 
     @property
     def stuck(self) -> bool:
         """Nothing runs, nothing can be sent, and it is not finished."""
-        return not (self.finished or self.submit or self.record or any(self.alive.values()))
+        return not (self.finished or self.submit or self.record or self.held or any(self.alive.values()))
 
 
 def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
@@ -104,8 +108,8 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     given_up = [given for job in jobs for given in _given_up(job, view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
     submit: list[Submit] = []
+    room = _Room(limits, view.room, graph, alive)
     if not record:
-        room = _Room(limits, graph, alive)
         for job in jobs:
             missing = [
                 shard
@@ -123,6 +127,7 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
         tuple(given_up),
         {job: {shard: element.running for shard, element in shards.items()} for job, shards in alive.items()},
         finished,
+        room.held,
     )
 
 
@@ -245,23 +250,32 @@ def _chunks(job: Job, shards: Sequence[int], after: tuple[Dependency, ...], limi
 
 
 class _Room:
-    """Cores and GPUs that are left, on a cluster without a queue of its own."""
+    """What is left: cores and GPUs where the cluster has no queue of its own, jobs where the scheduler takes only so many."""
 
-    def __init__(self, limits: Limits, graph: Graph, alive: Living) -> None:
+    def __init__(self, limits: Limits, num_shards: int | None, graph: Graph, alive: Living) -> None:
         self._limits = limits
         self._cpus, self._gpus = limits.cpus or 0, limits.gpus or 0
+        self._num_shards = num_shards
+        self.held = False
         for name, shards in alive.items():
             for _ in shards:
                 self._take(graph.jobs[name])
 
     def fit(self, job: Job, send: Submit) -> list[Submit]:
-        """The submission if it fits now, else nothing; it comes again at the next look."""
-        if self._limits.cpus is None:
-            return [send]
-        cpus, gpus = self._needs(job)
-        if cpus > self._cpus or gpus > self._gpus:
-            return []
-        self._take(job)
+        """As much of the submission as fits now; the rest comes again at a later look."""
+        if self._num_shards is not None and len(send.shards) > self._num_shards:
+            self.held = True
+            # Element by element works only between arrays of the same shards.
+            if self._num_shards == 0 or any(dependency.kind == "aftercorr" for dependency in send.after):
+                return []
+            send = replace(send, shards=send.shards[: self._num_shards])
+        if self._limits.cpus is not None:
+            cpus, gpus = self._needs(job)
+            if cpus > self._cpus or gpus > self._gpus:
+                return []
+            self._take(job)
+        if self._num_shards is not None:
+            self._num_shards -= len(send.shards)
         return [send]
 
     def _take(self, job: Job) -> None:

@@ -5,17 +5,19 @@ one squeue per query, however many shards there are.
 """
 
 import getpass
+import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import submitit
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import SubmititEnvelope
-from aipo_hpc.errors import ClusterError, SubmitRefused
+from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 
 if TYPE_CHECKING:
     from aipo_hpc.graph import Graph, Job
@@ -40,8 +42,24 @@ _OVER = {
 }
 """States of Slurm in which a job is over, as classes of failure."""
 
-_PASSING = ("unable to contact slurm controller", "timed out", "temporarily", "try again", "connection refused")
+_PASSING = (
+    "unable to contact slurm controller",
+    "timed out",
+    "temporarily",
+    "try again",
+    "connection refused",
+    "rate limit",
+    "socket",
+)
 """Words of answers that may be different the next time."""
+
+_FULL = re.compile(
+    r"(Assoc|QOS)\w*Submit\w*Limit|temporarily unable to accept job|Resource temporarily unavailable", re.IGNORECASE
+)
+"""Answers that say that this user, or everybody, has too many jobs waiting and running already."""
+
+_SKEW = 300.0
+"""Seconds by which the clocks of the scheduler and of this machine may differ."""
 
 
 class SlurmCluster:
@@ -51,11 +69,11 @@ class SlurmCluster:
         self._config = config
         self.num_commands = 0
         shown = self._client(["scontrol", "show", "config"])
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
-        # MaxArraySize bounds the index, which starts at 0; our arrays always do.
+        # MaxArraySize bounds the index, which starts at 0; our arrays always do. 0 and 1 forbid arrays.
+        bounds = re.findall(r"\b(?:MaxArraySize\s*=\s*|max_array_tasks=)(\d+)", shown) or ["1000"]
         self.limits = Limits(
             dependencies=True,
-            max_array_size=max(1, int(found.group(1)) if found else 1000),
+            max_array_size=max(1, min(map(int, bounds))),
             settle=15.0,
             query_interval=config.query_seconds,
         )
@@ -70,6 +88,10 @@ class SlurmCluster:
             try:
                 self._client(["sbatch", "--test-only", *arguments, "--wrap=true"])
             except ClusterError as error:
+                if _FULL.search(str(error)):
+                    continue  # the limit on jobs; the shape itself is not refused
+                if _passes(str(error)):
+                    raise
                 raise SubmitRefused(
                     f"{name}: Slurm would not take this job ({' '.join(arguments)}): {error}\n"
                     "Mend the stage's resources or the slurm.* fields; `sinfo` lists the partitions."
@@ -102,19 +124,15 @@ class SlurmCluster:
         ]
         self.num_commands += 1
         try:
-            if len(envelopes) == 1:
-                return str(executor.submit(envelopes[0]).job_id)
-            jobs = executor.map_array(SubmititEnvelope.__call__, envelopes)
+            with _outside_any_job():
+                if len(envelopes) == 1:
+                    return str(executor.submit(envelopes[0]).job_id)
+                jobs = executor.map_array(SubmititEnvelope.__call__, envelopes)
             return str(jobs[0].job_id).split("_")[0]
         except submitit.core.utils.FailedSubmissionError as error:
             raise ClusterError(f"{job.name}: sbatch gave no job id: {error}") from error
         except submitit.core.utils.FailedJobError as error:
-            message = str(error).strip()
-            if any(words in message.lower() for words in _PASSING):
-                raise ClusterError(f"{job.name}: sbatch got no clear answer: {message}") from error
-            raise SubmitRefused(
-                f"{job.name}: sbatch refused it: {message}\nMend the stage's resources or the slurm.* fields."
-            ) from error
+            raise _refusal(job.name, str(error).strip()) from error
 
     def _parameters(self, job: "Job", submission: Submission, after: Sequence[Submission]) -> dict[str, object]:
         assert job.resources is not None
@@ -160,7 +178,7 @@ class SlurmCluster:
                     "--array",
                     "--noheader",
                     "--states=all",
-                    "--format=%j|%K|%T|%M|%r",
+                    "--format=%j|%F|%V|%K|%T|%M|%r",
                 ]
             ),
             wanted,
@@ -173,7 +191,9 @@ class SlurmCluster:
             command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
             names = ",".join(submission.name for submission in forgotten)
             try:
-                told = self._client([*command, f"--name={names}", "--format=JobName,JobID,State,Elapsed,ExitCode"])
+                told = self._client(
+                    [*command, f"--name={names}", "--format=JobName,JobID,Submit,State,Elapsed,ExitCode"]
+                )
             except ClusterError:
                 return states  # no accounting here: what squeue forgot stays unknown
             for name, elements in parse_sacct(told, wanted).items():
@@ -190,7 +210,8 @@ class SlurmCluster:
     def _client(self, command: Sequence[str]) -> str:
         self.num_commands += 1
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+            with _outside_any_job():
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
         except FileNotFoundError as error:
             raise ClusterError(
                 f"{command[0]}: not found. cluster=slurm needs Slurm's client commands on PATH; "
@@ -208,33 +229,72 @@ def run_label(submission: Submission) -> str:
     return submission.name.rsplit("-", 1)[0]
 
 
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without what Slurm says of the job that this process may run in: it would leak into those that it sends."""
+    of_the_job = re.compile("SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT)$)")
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if of_the_job.match(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _refusal(name: str, message: str) -> ClusterError:
+    """What an sbatch that gave no job means."""
+    if _FULL.search(message):
+        return NoRoom(f"{name}: Slurm has no room for it now: {message}")
+    if _passes(message):
+        return ClusterError(f"{name}: sbatch got no clear answer: {message}")
+    return SubmitRefused(f"{name}: sbatch refused it: {message}\nMend the stage's resources or the slurm.* fields.")
+
+
+def _passes(message: str) -> bool:
+    return any(words in message.lower() for words in _PASSING)
+
+
 def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|array index|state|time used|reason``."""
+    """Read lines of ``name|job id|submit time|array index|state|time used|reason``."""
     states: dict[str, dict[int, TaskState]] = {}
     for line in text.splitlines():
-        fields = line.strip().split("|", 4)
-        if len(fields) == 5 and fields[0] in wanted:
-            name, index, state, used, reason = fields
-            at = int(index) if index.isdigit() else 0
-            never_ran = used in ("0:00", "INVALID")
-            states.setdefault(name, {})[at] = task_state(state, never_ran, wanted[name], reason)
+        fields = line.strip().split("|", 6)
+        if len(fields) < 7 or not _is_ours(wanted.get(fields[0]), fields[1], fields[2]):
+            continue
+        name, _, _, index, state, used, reason = fields
+        at = int(index) if index.isdigit() else 0
+        states.setdefault(name, {})[at] = task_state(state, used in ("0:00", "INVALID"), wanted[name], reason)
     return states
 
 
 def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|state|elapsed|exit code``; ids of waiting elements may be folded as 12_[3-5]."""
+    """Read lines of ``name|job id|submit time|state|elapsed|exit code``; ids of waiting elements may be folded: 12_[3-5]."""
     states: dict[str, dict[int, TaskState]] = {}
     for line in text.splitlines():
         fields = line.strip().split("|")
-        if len(fields) < 5 or fields[0] not in wanted:
+        if len(fields) < 6:
             continue
-        name, job_id, state, elapsed, exit_code = fields[:5]
-        element = job_id.partition("_")[2]
+        name, job_id, submitted, state, elapsed, exit_code = fields[:6]
+        array, _, element = job_id.partition("_")
+        if not _is_ours(wanted.get(name), array, submitted):
+            continue
         indices = [int(element)] if element.isdigit() else expand(element) if element else [0]
         for index in indices:
             told = task_state(state, elapsed == "00:00:00", wanted[name], f"exit code {exit_code}")
             states.setdefault(name, {})[index] = told
     return states
+
+
+def _is_ours(submission: Submission | None, job_id: str, submitted: str) -> bool:
+    """Whether a job of a submission's name is that submission: by its id, or, where that is not known, by its time.
+
+    Ids are used again, and a copied run directory makes the same names again.
+    """
+    if submission is None or submission.id is not None:
+        return submission is not None and submission.id == job_id
+    try:
+        return time.mktime(time.strptime(submitted, "%Y-%m-%dT%H:%M:%S")) >= submission.time - _SKEW
+    except ValueError:
+        return True
 
 
 def expand(element: str) -> list[int]:

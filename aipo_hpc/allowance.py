@@ -1,0 +1,29 @@
+"""How many shards may be sent at once, learnt from a scheduler that limits how many jobs a user may have.
+
+Such limits belong to accounts and qualities of service and cannot be asked for everywhere. So all is sent until it is
+refused; then half of it, down to one; when even one is refused, nothing for a while. What is accepted doubles it again.
+"""
+
+
+class Allowance:
+    """Grows and shrinks with the scheduler's answers. ``wait``: seconds to leave a full scheduler alone."""
+
+    def __init__(self, wait: float) -> None:
+        self._wait = wait
+        self._most: int | None = None
+        self._not_before = 0.0
+
+    def at(self, now: float) -> int | None:
+        """How many shards to send now; None: as many as there are."""
+        return 0 if now < self._not_before else self._most
+
+    def refused(self, num_shards: int, now: float) -> None:
+        """So many were too many."""
+        self._most = max(1, num_shards // 2)
+        if num_shards == 1:
+            self._not_before = now + self._wait
+
+    def accepted(self, num_shards: int) -> None:
+        """So many were taken."""
+        if self._most is not None:
+            self._most = max(self._most, 2 * num_shards)
