@@ -184,6 +184,8 @@ class ScriptedCluster:
     """States by submission and index; what was taken and is not here waits."""
     forgets: set[str] = field(default_factory=set)
     """Names that it does not know."""
+    room: int | None = None
+    """How many more elements it takes."""
     outage: Exception | None = None
     cancelled: list[str] = field(default_factory=list)
     num_queries: int = 0
@@ -193,9 +195,13 @@ class ScriptedCluster:
         """Anything goes."""
 
     def submit(self, run: Run, job: Job, submission: Submission, after: Sequence[Submission]) -> str:
+        if self.room is not None and len(submission.shards) > self.room:
+            raise errors.NoRoom(f"{job.name}: the scheduler has no room")
         answer = self.answers.pop(0) if self.answers else None
         if answer is None or self.takes_although:
             self.taken.append(submission)
+            if self.room is not None:
+                self.room -= len(submission.shards)
             self.after_submit(submission)
         if answer is not None:
             raise answer

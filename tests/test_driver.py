@@ -284,6 +284,62 @@ def test_a_lease_lost_between_two_submissions_stops_the_second(run: Run, graph: 
     assert sent(cluster) == [(A, (0, 1))]
 
 
+def test_a_lease_lost_between_the_intent_and_the_submission_stops_it(
+    run: Run, graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intend = Journal.intend
+
+    def intend_while_another_takes_over(journal: Journal, *given: Any) -> Submission:
+        another_takes_over(run)
+        return intend(journal, *given)
+
+    monkeypatch.setattr(Journal, "intend", intend_while_another_takes_over)
+    cluster = ScriptedCluster()
+    with driven(run, graph, cluster) as at_work, pytest.raises(RunFailed, match="another driver has taken over"):
+        at_work.driver.tick()
+    assert cluster.taken == [] and len(events(run, "submit")) == 1
+    assert Journal(run).submissions == {}, "an intent that came to nothing is not looked for"
+
+
+# -- a full scheduler ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_scheduler_gets_smaller_arrays_and_the_rest_as_there_is_room(
+    run: Run, graph: Graph, clock: Clock
+) -> None:
+    cluster = ScriptedCluster(replace(SLURM_LIKE, query_interval=20.0), room=2)
+    with driven(run, graph, cluster) as at_work:
+        while at_work.driver.tick().submit:
+            pass
+        assert sent(cluster) == [(A, (0, 1))] and not at_work.views[-1][0].stuck
+        asked = len(events(run, "submit"))
+        for _ in range(19):
+            clock.sleep(1)
+            at_work.driver.tick()
+        assert len(events(run, "submit")) == asked, "a full scheduler is left alone for a while"
+        work(run, cluster.taken[0])
+        cluster.room = 100
+        clock.on_sleep = lambda: [work(run, each) for each in cluster.taken]  # type: ignore[assignment,func-returns-value]
+        at_work.driver.follow(5.0)
+    assert sorted(shard for job, shards in sent(cluster) for shard in shards if job == A) == [0, 1, 2, 3]
+    assert sum("has no room" in line for line in at_work.lines) == 1, "said once, not at each look"
+    assert run.job(A).failures() == []
+
+
+def test_a_scheduler_full_of_other_jobs_is_waited_for_with_nothing_of_ours_alive(
+    run: Run, graph: Graph, clock: Clock
+) -> None:
+    cluster = ScriptedCluster(room=0)
+    with driven(run, graph, cluster) as at_work:
+        for _ in range(50):
+            decision = at_work.driver.tick()
+            assert not decision.stuck
+            clock.sleep(1)
+        cluster.room = 100
+        at_work.driver.tick()
+    assert sent(cluster), "sent as soon as there is room"
+
+
 # -- cancel ----------------------------------------------------------------------------------------------------------
 
 

@@ -368,3 +368,32 @@ def test_ten_thousand_shards_are_sent_as_arrays_of_what_is_missing() -> None:
     first, *others = decide(graph, done=done).submit
     assert first == Submit(A, (3, 5_000, 9_999))
     assert sum(len(submit.shards) for submit in others) == 9_997 and len(others) == 10
+
+
+# -- a scheduler that takes only so many jobs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "done", "expected", "held"),
+    [
+        (0, {}, (), True),
+        (3, {}, (Submit(A, (0, 1, 2)),), True),
+        (4, {}, (Submit(A, (0, 1, 2, 3)),), False),
+        (3, {A: {2, 3}}, (Submit(A, (0, 1)), Submit(B, (2,))), True),
+    ],
+)
+def test_no_more_is_sent_than_there_is_room_for(
+    room: int, done: dict[str, set[int]], expected: tuple[Submit, ...], held: bool
+) -> None:
+    decision = decide(chain(), done=done, room=room)
+    assert decision.submit == expected
+    assert decision.held == held
+    assert not decision.stuck
+
+
+def test_an_array_that_waits_element_by_element_is_not_cut_to_the_room() -> None:
+    living = sent("s-1", A, range(4))
+    given = {"submissions": (living,), "states": all_of(living, RUNS)}
+    assert [each.job for each in decide(chain(), **given, room=4).submit] == [B]
+    held = decide(chain(), **given, room=3)
+    assert held.submit == () and held.held

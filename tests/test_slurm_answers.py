@@ -1,0 +1,159 @@
+"""What Slurm answers, and what is made of it: whose job a line speaks of, what a refusal means, what a site forbids."""
+
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from fakes import chain, write_run
+
+from aipo_hpc.clusters import Submission
+from aipo_hpc.clusters.slurm import SlurmCluster, parse_sacct, parse_squeue
+from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
+from aipo_hpc.recipe import SlurmConfig
+
+NAME = "aipo-cafe-1"
+SENT = time.mktime(time.strptime("2026-03-01T12:00:00", "%Y-%m-%dT%H:%M:%S"))
+KNOWN = Submission(NAME, "iter-00/a", (0, 1), (), 1, SENT, "77")
+UNKNOWN = Submission(NAME, "iter-00/a", (0, 1), (), 1, SENT, None)
+
+
+def stub(folder: Path, name: str, script: str) -> None:
+    """A client command that answers as a site would."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of client commands in front of all others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    stub(folder, "scontrol", "echo 'MaxArraySize            = 1001'")
+    stub(folder, "srun", "exit 1")
+    return folder
+
+
+# -- whose job a line speaks of --------------------------------------------------------------------------------------
+
+
+def test_a_job_of_our_name_but_with_another_id_is_not_ours() -> None:
+    lines = f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|None\n"
+    assert list(parse_squeue(lines, {NAME: KNOWN})[NAME]) == [0]
+    told = f"{NAME}|12_0|2026-03-01T12:00:01|FAILED|00:00:10|1:0\n{NAME}|77_1|2026-03-01T12:00:01|FAILED|00:00:10|1:0\n"
+    assert list(parse_sacct(told, {NAME: KNOWN})[NAME]) == [1]
+
+
+def test_an_id_of_ours_that_was_given_to_another_name_is_not_ours() -> None:
+    assert parse_squeue("else|77|2026-03-01T12:00:01|0|RUNNING|0:10|None", {NAME: KNOWN}) == {}
+    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|0:0", {NAME: KNOWN}) == {}
+
+
+def test_a_submission_without_an_id_is_found_by_name_unless_the_job_is_older_than_its_intent() -> None:
+    wanted = {NAME: UNKNOWN}
+    assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|Priority", wanted)[NAME][0].alive
+    assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|Priority", wanted) == {}
+    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|0:0", wanted) == {}
+
+
+def test_clocks_that_differ_a_little_are_forgiven() -> None:
+    assert parse_squeue(f"{NAME}|5|2026-03-01T11:58:00|0|RUNNING|0:09|None", {NAME: UNKNOWN})
+
+
+def test_a_reason_may_hold_the_separator() -> None:
+    state = parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|0|FAILED|0:09|a|b", {NAME: KNOWN})[NAME][0]
+    assert state.detail == "Slurm: FAILED, a|b"
+
+
+# -- what a refusal means --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates", NoRoom),
+        ("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job viol", NoRoom),
+        ("sbatch: error: QOSGrpSubmitJobsLimit", NoRoom),
+        ("sbatch: error: Batch job submission failed: Resource temporarily unavailable", NoRoom),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller", ClusterError),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", ClusterError),
+        ("sbatch: error: RPC rate limit exceeded by this user, please try again", ClusterError),
+        ("sbatch: error: Batch job submission failed: Invalid partition name specified", SubmitRefused),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed", SubmitRefused),
+    ],
+)
+def test_a_refusal_is_for_good_for_now_or_not_clear(
+    site: Path, tmp_path: Path, words: str, error: type[ClusterError]
+) -> None:
+    stub(site, "sbatch", f"printf '%s\\n' '{words}' >&2; exit 1")
+    graph = chain(2)
+    cluster = SlurmCluster(SlurmConfig())
+    with pytest.raises(ClusterError) as refusal:
+        cluster.submit(write_run(tmp_path / "run", graph), graph.jobs["iter-00/a"], UNKNOWN, [])
+    assert type(refusal.value) is error, refusal.value
+
+    if error is SubmitRefused:
+        with pytest.raises(SubmitRefused, match=r"iter-00/a: Slurm would not take this job"):
+            cluster.check(graph)
+    elif error is NoRoom:
+        cluster.check(graph)
+    else:
+        with pytest.raises(ClusterError) as silence:
+            cluster.check(graph)
+        assert not isinstance(silence.value, SubmitRefused), "an outage is not the fault of the job's shape"
+
+
+@pytest.mark.parametrize("command", ["squeue", "scancel", "scontrol"])
+def test_a_client_command_that_is_limited_by_rate_is_an_answer_that_passes(site: Path, command: str) -> None:
+    cluster = SlurmCluster(SlurmConfig())
+    stub(site, command, "echo 'slurm_load_jobs error: rate limit exceeded, please try again' >&2; exit 1")
+    calls = {"squeue": cluster.states, "scancel": cluster.cancel, "scontrol": lambda _: SlurmCluster(SlurmConfig())}
+    with pytest.raises(ClusterError, match="rate limit"):
+        calls[command]([KNOWN])
+
+
+def test_a_user_without_the_right_to_run_sacct_is_told_what_squeue_knows(site: Path) -> None:
+    stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|None'")
+    stub(site, "sacct", "echo 'sacct: error: Access/permission denied' >&2; exit 1")
+    assert list(SlurmCluster(SlurmConfig()).states([KNOWN])[NAME]) == [0], "what squeue forgot stays unknown"
+
+
+# -- what a site forbids ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "size"),
+    [
+        ("MaxArraySize            = 1001", 1001),
+        ("MaxArraySize            = 1", 1),
+        ("MaxArraySize            = 0", 1),
+        ("MaxArraySize            = 1001\nSchedulerParameters     = bf_interval=1,max_array_tasks=100", 100),
+        ("ClusterName             = old", 1000),
+    ],
+)
+def test_arrays_are_as_large_as_the_site_allows(site: Path, shown: str, size: int) -> None:
+    stub(site, "scontrol", f"echo '{shown}'")
+    assert SlurmCluster(SlurmConfig()).limits.max_array_size == size
+
+
+def test_what_slurm_says_of_the_drivers_own_job_does_not_leak_into_those_it_sends(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaked = tmp_path / "leaked"
+    stub(site, "sbatch", f"env | grep ^SLURM > {leaked}; echo Submitted batch job 5")
+    for name, value in {
+        "SLURM_JOB_ID": "1",
+        "SLURM_CPUS_PER_TASK": "4",
+        "SLURM_CONF": "x",
+        "SLURM_CLUSTERS": "y",
+    }.items():
+        monkeypatch.setenv(name, value)
+    graph = chain(1)
+    single = Submission(NAME, "iter-00/a", (0,), (), 1, SENT, None)
+    run = write_run(tmp_path / "run", graph)
+    assert SlurmCluster(SlurmConfig()).submit(run, graph.jobs["iter-00/a"], single, []) == "5"
+    assert sorted(leaked.read_text().split()) == ["SLURM_CLUSTERS=y", "SLURM_CONF=x"]
+    assert os.environ["SLURM_JOB_ID"] == "1"
