@@ -56,7 +56,7 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
     slurm_sandbox: Sandbox, ranker_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
-    fields = [*SMALL, f"run_dir={tmp_path / 'run'}", f"rank.model_name_or_path={ranker_checkpoint.folder}"]
+    fields = [*SMALL, f"run_dir={tmp_path / 'run'}", f"rank.model_name_or_path={ranker_checkpoint.pairrm}"]
     run = Run(tmp_path / "run")
 
     def sbatch(*arguments: str | Path) -> str:
