@@ -44,9 +44,10 @@ def results_table(run: Run, graph: Graph) -> Table:
     table = Table(
         "iteration",
         "win rate vs iteration 0",
+        "prompts judged",
         "mean response length (characters)",
-        "reward accuracy",
-        "reward margin",
+        "reward accuracy (last epoch)",
+        "reward margin (last epoch)",
         "training loss first -> last",
         title="Policies, on held-out prompts",
         title_justify="left",
@@ -54,17 +55,19 @@ def results_table(run: Run, graph: Graph) -> Table:
     baseline = counts(run, graph, "iter-00/baseline")
     if baseline.get("candidates"):
         length = baseline["characters"] / baseline["candidates"]
-        table.add_row("0 (initial policy)", "50.0 % (itself)", f"{length:.1f}", "", "", "")
+        table.add_row("0 (initial policy)", "50.0 % (itself)", "", f"{length:.1f}", "", "", "")
     for iteration in iterations(graph):
         evaluation = counts(run, graph, f"iter-{iteration:02d}/evaluate")
         training = counts(run, graph, f"iter-{iteration:02d}/train")
         if not training:
             continue
         error = evaluation.get("win_rate_se")
+        judged = sum(sentinel.rows for sentinel in finished(run, graph, f"iter-{iteration:02d}/evaluate").values())
         rate = f"{100 * evaluation['win_rate']:.1f} %" if evaluation else "not evaluated"
         table.add_row(
             f"{iteration + 1} (iter-{iteration:02d})",
             rate + (f" ± {100 * error:.1f}" if error is not None else ""),
+            f"{judged} of {judged + evaluation['not_judged']:g}" if evaluation else "",
             f"{evaluation['mean_length']:.1f}" if evaluation else "",
             _number(training, "reward_accuracy", "{:.3f}"),
             _number(training, "reward_margin", "{:.3f}"),

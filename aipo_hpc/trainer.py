@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,19 @@ class _LogLastStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+def last_epoch_mean(lines: Sequence[dict[str, float]], name: str) -> float:
+    """Mean of a metric over the last pass over the pairs (over all lines, if there was no whole pass).
+
+    Each line counts by the steps it covers. One step's value would be that of a few pairs.
+    """
+    since = lines[-1]["epoch"] - 1 + 1e-9
+    covered = [
+        line["step"] - before for line, before in zip(lines, (0, *(line["step"] for line in lines)), strict=False)
+    ]
+    chosen = [(line[name], steps) for line, steps in zip(lines, covered, strict=True) if line["epoch"] > since]
+    return sum(value * steps for value, steps in chosen) / sum(steps for _, steps in chosen)
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from aipo_hpc.rows import TrainRow, read_rows, write_rows
 from aipo_hpc.settings import content
 from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps, run
 from aipo_hpc.task import Outcome, Task
+from aipo_hpc.trainer import last_epoch_mean
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +109,20 @@ def test_training_writes_a_model_that_transformers_loads_and_a_line_per_step(
         "resumed_from_step": 0,
         "loss_first": lines[0]["loss"],
         "loss_last": lines[-1]["loss"],
-        "reward_accuracy": lines[-1]["rewards/accuracies"],
-        "reward_margin": lines[-1]["rewards/margins"],
+        "reward_accuracy": pytest.approx(sum(line["rewards/accuracies"] for line in lines[2:]) / 3),
+        "reward_margin": pytest.approx(sum(line["rewards/margins"] for line in lines[2:]) / 3),
     }
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_reported_reward_accuracy_is_the_mean_over_the_last_pass_each_line_by_the_steps_it_covers() -> None:
+    def line(step: int, epoch: float, value: float) -> dict[str, float]:
+        return {"step": step, "epoch": epoch, "value": value}
+
+    lines = [line(1, 0.25, 0.0), line(4, 1.0, 0.5), line(5, 1.25, 0.6), line(8, 2.0, 0.8)]
+    assert last_epoch_mean(lines, "value") == pytest.approx((0.6 + 3 * 0.8) / 4)
+    assert last_epoch_mean(lines[:2], "value") == pytest.approx((0.0 + 3 * 0.5) / 4)
+    assert last_epoch_mean(lines[:1], "value") == 0.0
 
 
 def test_the_logged_loss_is_the_objectives_mean_over_the_pairs_of_the_step(

@@ -211,8 +211,8 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
         "resumed_from_step": 0 if resume is None else int(resume.name.rpartition("-")[2]),
         "loss_first": first["loss"],
         "loss_last": last["loss"],
-        "reward_accuracy": last["rewards/accuracies"],
-        "reward_margin": last["rewards/margins"],
+        "reward_accuracy": trainer.last_epoch_mean(pair_trainer.metrics, "rewards/accuracies"),
+        "reward_margin": trainer.last_epoch_mean(pair_trainer.metrics, "rewards/margins"),
     }
     return Outcome(len(rows), tuple(sorted([*written, trainer.METRICS])), counts)
 
