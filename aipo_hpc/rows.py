@@ -111,6 +111,9 @@ class Verdict:
     baseline_length: int
 
 
+PROMPT_TOO_LONG = "prompt too long"
+"""How ``Responses.error`` begins for a prompt with more tokens than the recipe allows."""
+
 Row = TypeVar("Row")
 
 

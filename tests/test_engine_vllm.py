@@ -221,7 +221,7 @@ def test_its_rows_feed_ranking_pairs_reference_and_training(
     ranked = Input(shards={0: (ranking.out / "rows.parquet",)})
     paired = task("pairs", {"ranked": ranked, "policy": policy})
     made = pairs.run(pairs.PairsConfig(), paired)
-    assert made.counts["dropped_not_generated"] == 1
+    assert made.counts["dropped_prompt_too_long"] == 1
     assert made.rows + sum(value for key, value in made.counts.items() if key.startswith("dropped_")) == 9
     found = list(read_rows([paired.out / pairs.PAIRS], Pair))
     tokenizer = load_tokenizer(str(model))

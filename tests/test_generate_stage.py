@@ -11,7 +11,7 @@ from tiny_models import tiny_model_folder
 
 from aipo_hpc import engines
 from aipo_hpc.engines import Completion, Request
-from aipo_hpc.rows import Message, Prompt, Responses, read_rows, write_rows
+from aipo_hpc.rows import PROMPT_TOO_LONG, Message, Prompt, Responses, read_rows, write_rows
 from aipo_hpc.stages.generate import GenerateConfig, put, run, sampling_seed, select, shard_of
 from aipo_hpc.task import Input, Task
 
@@ -152,7 +152,7 @@ def test_bad_prompts_are_recorded_and_the_others_are_served(
     found = {row.prompt_id: row for row in rows(made)}
     assert list(found) == ["p0", "long", "bad", "p3", "p4", "p5"]
     assert found["long"].error is not None
-    assert found["long"].error.startswith("prompt of ")
+    assert found["long"].error.startswith(PROMPT_TOO_LONG)
     assert found["long"].error.endswith(" tokens is longer than generate.max_prompt_tokens=40")
     assert found["bad"].error == "chat template: roles must alternate"
     assert found["p4"].error == "no room"

@@ -10,7 +10,7 @@ from tiny_models import tiny_tokenizer_folder
 
 from aipo_hpc.chat import load_tokenizer, prompt_ids
 from aipo_hpc.errors import DataError
-from aipo_hpc.rows import Candidate, Message, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Pair, Ranked, read_rows, write_rows
 from aipo_hpc.settings import content
 from aipo_hpc.stages import pairs
 from aipo_hpc.stages.pairs import Dropped, PairsConfig
@@ -72,7 +72,8 @@ def test_the_best_candidate_is_chosen_and_the_worst_rejected(texts, ranks, chose
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (ranked([], [], error="prompt of 900 tokens is longer than ..."), "not_generated"),
+        (ranked([], [], error=f"{PROMPT_TOO_LONG}: 900 tokens is longer than ..."), "prompt_too_long"),
+        (ranked([], [], error="chat template: no user turn"), "not_generated"),
         (ranked(["a", "b"], [], error="scores are not finite"), "not_ranked"),
         (ranked(["a"], [1]), "single_candidate"),
         (ranked(["a", "b", "c"], [1, 1, 1]), "tie"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import Candidate, Message, Prompt, Responses, read_rows
+from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Prompt, Responses, read_rows
 from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
 
@@ -140,7 +140,7 @@ def _ask(
     except (TemplateError, UnicodeError, TypeError, ValueError) as error:
         return f"chat template: {error}"
     if len(ids) > config.max_prompt_tokens:
-        return f"prompt of {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
+        return f"{PROMPT_TOO_LONG}: {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
     seeds = (sampling_seed(task.seed, task.iteration, prompt.prompt_id, k) for k in range(config.n))
     return [Request(prompt.prompt_id, k, tuple(ids), seed) for k, seed in enumerate(seeds)]
 

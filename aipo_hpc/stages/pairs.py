@@ -12,7 +12,7 @@ from statistics import fmean
 
 from aipo_hpc.errors import DataError
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import Candidate, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Pair, Ranked, read_rows, write_rows
 from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
 
@@ -81,6 +81,8 @@ def run(config: PairsConfig, task: Task) -> Outcome:
 
 def choose(row: Ranked) -> Pair | str:
     """Best against worst candidate (the first of equals), or the reason why there is no pair."""
+    if row.error is not None and row.error.startswith(PROMPT_TOO_LONG):
+        return "prompt_too_long"
     if row.error is not None:
         return "not_ranked" if row.candidates else "not_generated"
     if len(row.candidates) < 2:
