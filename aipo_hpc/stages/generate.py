@@ -140,7 +140,9 @@ def _ask(
     except (TemplateError, UnicodeError, TypeError, ValueError) as error:
         return f"chat template: {error}"
     if len(ids) > config.max_prompt_tokens:
-        return f"{PROMPT_TOO_LONG}: {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
+        return (
+            f"{PROMPT_TOO_LONG}: {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
+        )
     seeds = (sampling_seed(task.seed, task.iteration, prompt.prompt_id, k) for k in range(config.n))
     return [Request(prompt.prompt_id, k, tuple(ids), seed) for k, seed in enumerate(seeds)]
 
