@@ -5,11 +5,14 @@ come with the package are found by name, any other by its path.
 """
 
 import importlib.util
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
+
+import tyro
 
 from aipo_hpc import engines, rankers
 from aipo_hpc.errors import RecipeError
@@ -37,9 +40,9 @@ class SlurmConfig:
     """Node features."""
     exclude: str | None = tuning(None)
     """Nodes to keep off."""
-    setup: tuple[str, ...] = tuning(())
+    setup: tyro.conf.UseAppendAction[tuple[str, ...]] = tuning(())
     """Shell lines run on the node before the job, e.g. 'module load cuda'."""
-    srun_args: tuple[str, ...] = tuning(())
+    srun_args: tyro.conf.UseAppendAction[tuple[str, ...]] = tuning(())
     """More arguments of srun, e.g. '--container-image=...'."""
     python: str | None = tuning(None)
     """Command that starts Python on the node, e.g. inside a container (None: this interpreter)."""
@@ -98,6 +101,10 @@ def validate(recipe: Recipe) -> None:
     if recipe.pairs.selection != "best_worst":
         raise RecipeError(f"pairs.selection={recipe.pairs.selection!r}: no such selection; there is best_worst.")
     wrong = [
+        (
+            not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name),
+            f"name={recipe.name!r}: names the run directory, so use letters, digits, '.', '_' and '-' only.",
+        ),
         (not recipe.model_name_or_path, "model_name_or_path is not set: give the initial policy, a path or hub name."),
         (not recipe.prompts, "prompts is not set: give a dataset id or the path of a .jsonl or .parquet file."),
         (
@@ -109,12 +116,16 @@ def validate(recipe: Recipe) -> None:
             recipe.generate.n < 2,
             f"generate.n={recipe.generate.n}: pairs.selection=best_worst needs at least 2 candidates per prompt.",
         ),
-        (recipe.generate.temperature < 0, f"generate.temperature={recipe.generate.temperature}: must not be negative."),
+        (
+            not recipe.generate.temperature >= 0,
+            f"generate.temperature={recipe.generate.temperature}: must be 0 or more.",
+        ),
         (
             recipe.generate.temperature == 0,
             "generate.temperature=0 samples the same candidate n times, so no pair could be made: set it above 0.",
         ),
         (not 0 < recipe.generate.top_p <= 1, f"generate.top_p={recipe.generate.top_p}: must be in (0, 1]."),
+        (recipe.generate.top_k < 0, f"generate.top_k={recipe.generate.top_k}: must be 0 (all tokens) or more."),
         (recipe.data.num_held_out < 1, f"data.num_held_out={recipe.data.num_held_out}: must be at least 1."),
         (
             recipe.rank.num_shards not in (None, recipe.generate.num_shards),
@@ -124,11 +135,26 @@ def validate(recipe: Recipe) -> None:
     ]
     positive = {
         "generate.num_shards": recipe.generate.num_shards,
+        "generate.num_prompts": recipe.generate.num_prompts,
         "generate.max_tokens": recipe.generate.max_tokens,
+        "generate.max_prompt_tokens": recipe.generate.max_prompt_tokens,
+        "data.limit": recipe.data.limit,
         "generate.batch_size": recipe.generate.batch_size,
         "evaluate.num_shards": recipe.evaluate.num_shards,
     }
-    wrong += [(value < 1, f"{name}={value}: must be at least 1.") for name, value in positive.items()]
+    for stage in ("generate", "rank", "evaluate"):
+        dtype = getattr(recipe, stage).dtype
+        known = engines.DTYPES
+        wrong.append((dtype not in known, f"{stage}.dtype={dtype!r}: must be one of {', '.join(known)}."))
+    for stage in ("generate", "rank", "pairs", "reference", "train", "evaluate"):
+        resources = getattr(recipe, stage).resources
+        for name in ("nodes", "tasks_per_node", "cpus_per_task", "time", "array_parallelism"):
+            positive[f"{stage}.resources.{name}"] = getattr(resources, name)
+        gpus = resources.gpus_per_node
+        wrong.append((gpus < 0, f"{stage}.resources.gpus_per_node={gpus}: must be 0 (none) or more."))
+    wrong += [
+        (value is not None and value < 1, f"{name}={value}: must be at least 1.") for name, value in positive.items()
+    ]
     for is_wrong, message in wrong:
         if is_wrong:
             raise RecipeError(f"recipe {recipe.name!r}: {message}")
@@ -165,10 +191,13 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = recipes_folder() / f"{name_or_path}.py"
     if not path.is_file():
         raise RecipeError(f"recipe {name_or_path!r}: no such file as {path.resolve()}.")
-    made = getattr(_module(path), "recipe", None)
-    if not callable(made):
-        raise RecipeError(f"{path}: does not define a function recipe() that returns an aipo_hpc.recipe.Recipe.")
-    recipe = made()
+    try:
+        made = getattr(_module(path), "recipe", None)
+        if not callable(made):
+            raise RecipeError(f"{path}: does not define a function recipe() that returns an aipo_hpc.recipe.Recipe.")
+        recipe = made()
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be run, {type(error).__name__}: {error}. Mend the file.") from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path}: recipe() returned {type(recipe).__name__}, not an aipo_hpc.recipe.Recipe.")
     return recipe

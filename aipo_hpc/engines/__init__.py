@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from aipo_hpc.stages.generate import GenerateConfig
 
 ENGINES = ("vllm", "transformers")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
