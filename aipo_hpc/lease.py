@@ -30,6 +30,7 @@ _RENEW_SECONDS = 15.0
 _EXPIRES_SECONDS = 120.0
 _OWNER = "owner.json"
 _CANCEL = "cancel"
+_FIELDS = {"token", "host", "pid", "started", "boot_id", "heartbeat"}
 
 
 class Lease:
@@ -103,11 +104,12 @@ class Lease:
         """Move the lease of a dead owner out of the way. Raises RunError if the owner lives."""
         owner = read_owner(self._run)
         if owner is None:
-            # Its owner is just removing it, or was killed at that.
+            # Its owner is just removing it, or was killed at that. An empty folder is in nobody's way.
             time.sleep(0.2)
             with suppress(FileNotFoundError):
-                if time.time() - self._folder.stat().st_mtime > _RENEW_SECONDS:
-                    shutil.rmtree(self._folder, ignore_errors=True)
+                state = self._folder.stat()
+                if time.time() - state.st_mtime > _RENEW_SECONDS and list_names(self._folder):
+                    self._set_aside(f"unreadable.{state.st_ino}.{state.st_mtime_ns}")
             return
         if is_alive(owner):
             raise RunError(
@@ -115,29 +117,35 @@ class Lease:
                 f"(last sign of life {time.time() - owner['heartbeat']:.0f} s ago). To watch it, type: "
                 f"python -m aipo_hpc status {self._run.path}; to stop it: python -m aipo_hpc cancel {self._run.path}"
             )
-        aside = self._run.path / SET_ASIDE / f"{LEASE}.{owner['token']}"
+        if self._set_aside(owner["token"]):
+            self._run.append_journal("lease_taken_over", of=owner)
+
+    def _set_aside(self, name: str) -> bool:
+        """Rename the lease that was seen, after what tells it from any other; False if somebody else was first."""
+        aside = self._run.path / SET_ASIDE / f"{LEASE}.{name}"
         aside.parent.mkdir(mode=0o700, exist_ok=True)
         try:
             os.rename(self._folder, aside)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
                 raise
-            return  # somebody else was first
-        self._run.append_journal("lease_taken_over", of=owner)
+            return False
+        return True
 
 
 def request_cancel(run: Run) -> None:
-    """Ask the living driver of a run to stop it."""
-    (run.path / LEASE / _CANCEL).touch()
+    """Ask the living driver of a run to stop it; one that has just gone needs no asking."""
+    with suppress(FileNotFoundError):
+        (run.path / LEASE / _CANCEL).touch()
 
 
 def read_owner(run: Run) -> dict[str, Any] | None:
-    """Who drives the run, or None."""
+    """Who drives the run, or None: nobody, or the file does not tell."""
     try:
-        owner: dict[str, Any] = json.loads((run.path / LEASE / _OWNER).read_text())
+        owner = json.loads((run.path / LEASE / _OWNER).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return owner
+    return owner if isinstance(owner, dict) and owner.keys() >= _FIELDS else None
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
