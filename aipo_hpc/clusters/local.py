@@ -4,9 +4,12 @@ The processes outlive the driver: one that is started again finds them by pid an
 """
 
 import os
+import re
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +17,37 @@ import submitit
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import SubmititEnvelope
-from aipo_hpc.errors import RecipeError
+from aipo_hpc.errors import ClusterError, RecipeError
 from aipo_hpc.processes import descendants, start_time
 
 if TYPE_CHECKING:
     from aipo_hpc.graph import Graph, Job
     from aipo_hpc.store import Run
+
+
+_LEAVING = 60.0
+"""Seconds to wait for a task that has finished its shard to leave its GPUs."""
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A task's first process; ``started`` tells it from a later one of the same pid."""
+
+    pid: int
+    started: str
+    gpus: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.pid}:{self.started}:{','.join(map(str, self.gpus))}"
+
+    @staticmethod
+    def parse(identifier: str | None) -> "_Process | None":
+        """The process of an id of ours; None for the id of another cluster."""
+        found = re.fullmatch(r"(\d+):(\w+):([\d,]*)", identifier or "")
+        if found is None:
+            return None
+        pid, started, gpus = found.groups()
+        return _Process(int(pid), started, tuple(int(gpu) for gpu in gpus.split(",") if gpu))
 
 
 class LocalCluster:
@@ -28,6 +56,7 @@ class LocalCluster:
     def __init__(self) -> None:
         self._gpus = visible_gpus()
         self._jobs: dict[str, submitit.Job[None]] = {}
+        self._processes: dict[str, _Process] = {}
         self.limits = Limits(
             dependencies=False,
             max_array_size=1,
@@ -36,7 +65,6 @@ class LocalCluster:
             cpus=len(os.sched_getaffinity(0)),
             gpus=len(self._gpus),
         )
-        self._held: dict[str, tuple[int, ...]] = {}
 
     def check(self, graph: "Graph") -> None:
         """Raise RecipeError for a job that needs more nodes or GPUs than this machine has."""
@@ -57,8 +85,7 @@ class LocalCluster:
     def submit(self, run: "Run", job: "Job", submission: Submission, after: Sequence[Submission]) -> str:
         """Start the shard's processes; the id is ``pid:start time:GPUs``."""
         assert job.resources is not None and len(submission.shards) == 1
-        free = [gpu for gpu in self._gpus if all(gpu not in held for held in self._held.values())]
-        mine = tuple(free[: job.resources.gpus_per_node])
+        mine = self._take_gpus(job.resources.gpus_per_node)
         folder = run.job(job.name).logs
         executor = submitit.LocalExecutor(folder=folder)
         executor.update_parameters(
@@ -71,38 +98,59 @@ class LocalCluster:
         envelope = SubmititEnvelope(str(run.path), job.name, submission.shards[0], submission.name, 0, submission.fence)
         started = executor.submit(envelope)
         self._jobs[submission.name] = started
-        self._held[submission.name] = mine
         pid = int(started.job_id)
-        return f"{pid}:{start_time(pid)}:{','.join(map(str, mine))}"
+        process = _Process(pid, start_time(pid) or "gone", mine)
+        self._processes[submission.name] = process
+        return str(process)
+
+    def _take_gpus(self, number: int) -> tuple[int, ...]:
+        """That many GPUs that no task has. A task whose shard is done may still be leaving: it is waited for."""
+        deadline = time.monotonic() + _LEAVING
+        while True:
+            self._processes = {name: process for name, process in self._processes.items() if self._lives(name, process)}
+            held = {gpu for process in self._processes.values() for gpu in process.gpus}
+            free = tuple(gpu for gpu in self._gpus if gpu not in held)
+            if len(free) >= number:
+                return free[:number]
+            if time.monotonic() > deadline:
+                pids = [process.pid for process in self._processes.values() if process.gpus]
+                raise ClusterError(
+                    f"{number} GPUs are needed, {len(free)} are free; processes {pids} do not leave theirs"
+                )
+            time.sleep(0.1)
+
+    def _lives(self, name: str, process: _Process) -> bool:
+        job = self._jobs.get(name)
+        if job is None:
+            return start_time(process.pid) == process.started
+        if job.done():
+            del self._jobs[name]
+            return False
+        return True
 
     def states(self, submissions: Sequence[Submission]) -> Mapping[str, Mapping[int, TaskState]]:
         """A look at the processes."""
         states: dict[str, dict[int, TaskState]] = {}
         for submission in submissions:
-            if submission.id is None:
+            process = _Process.parse(submission.id)
+            if process is None:
                 continue
-            pid, started, gpus = submission.id.split(":")
-            job = self._jobs.get(submission.name)
-            alive = not job.done() if job is not None else start_time(int(pid)) == started
-            if alive:
-                self._held[submission.name] = tuple(int(gpu) for gpu in gpus.split(",") if gpu)
+            if self._lives(submission.name, process):
+                self._processes[submission.name] = process
                 states[submission.name] = {0: TaskState(alive=True, running=True)}
             else:
-                self._held.pop(submission.name, None)
                 states[submission.name] = {0: TaskState(alive=False, kind="killed", detail="its process ended")}
         return states
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End the processes of these submissions and their children."""
         for submission in submissions:
-            if submission.id is None:
+            process = _Process.parse(submission.id)
+            if process is None or start_time(process.pid) != process.started:
                 continue
-            pid, started, _ = submission.id.split(":")
-            if start_time(int(pid)) != started:
-                continue
-            for process in (*descendants(int(pid)), int(pid)):
+            for pid in (*descendants(process.pid), process.pid):
                 with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
 
 
 def visible_gpus() -> tuple[int, ...]:
