@@ -5,18 +5,23 @@ from typing import Any
 
 from aipo_hpc.errors import DriftError
 from aipo_hpc.graph import Graph
+from aipo_hpc.journal import Journal
 from aipo_hpc.store import Run
 
 
 def drifts(run: Run, graph: Graph) -> dict[str, list[str]]:
     """By job, the fields of its content that differ from its job.json, as ``field: old -> new``.
 
-    Inputs made by other jobs are left out: those jobs have a line of their own.
+    Inputs made by other jobs are left out: those jobs have a line of their own. So are jobs that nothing was sent of and
+    nothing is finished of: a prompt file that was refused may be mended.
     """
     found: dict[str, list[str]] = {}
+    sent = {submission.job for submission in Journal(run).submissions.values()}
     for name in graph.jobs:
         written = run.job(name).read_job()
         if written is None or written["fingerprint"] == graph.fingerprints[name]:
+            continue
+        if name not in sent and not run.job(name).done(written["fingerprint"]):
             continue
         lines = list(_differences(written["content"], graph.contents[name]))
         if lines:

@@ -98,7 +98,12 @@ def run_here(run: Run, graph: Graph, journal: Journal, screen: Screen) -> None:
     for job in graph.jobs.values():
         if job.resources is not None:
             continue
-        done = run.job(job.name).done(graph.fingerprints[job.name])
+        folder = run.job(job.name)
+        done = folder.done(graph.fingerprints[job.name])
+        while folder.reports:
+            report = folder.reports.pop(0)
+            screen.tell(report)
+            journal.note("report", message=report)
         for shard in range(job.num_shards):
             if shard not in done:
                 screen.tell(f"{job.name}: reading")

@@ -7,6 +7,7 @@ is pinned to what was there at its launch.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from aipo_hpc.errors import DataError
 from aipo_hpc.graph import Edge, Graph, Job, Outside
@@ -41,6 +42,8 @@ def _check(kind: str, source: Outside) -> str:
     folder = _folder(kind, source)
     if not (folder / "config.json").is_file():
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")
+    _read_json(folder / "config.json")
+    _check_weights(folder)
     if kind == "policy":
         _check_chat_template(folder)
     return str(folder)
@@ -65,6 +68,50 @@ def _folder(kind: str, source: Outside) -> Path:
             "Give the path of a local folder, or fetch it first where there is a network "
             f"(hf download {source.value}) and set HF_HOME to that cache."
         ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). Copy or download it again.") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """All files of weights are there and whole, as far as their headers and sizes tell."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise DataError(f"{folder}: {missing[0]} is missing, which {index.name} names. Copy or download it again.")
+        weights = [folder / name for name in sorted(names)]
+    else:
+        weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not list(folder.glob("pytorch_model*.bin")):
+        raise DataError(f"{folder}: no weights (*.safetensors) in it. Copy or download the whole model.")
+    for path in weights:
+        _check_tensors(path)
+
+
+def _check_tensors(path: Path) -> None:
+    """A safetensors file is as long as its header says: eight bytes of length, the header in JSON, the tensors."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(file.read(length))
+        stated = (
+            8
+            + length
+            + max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a safetensors file ({error}). Copy or download it again.") from error
+    if size != stated:
+        raise DataError(f"{path}: has {size} bytes, its header states {stated}. Copy or download it again.")
 
 
 def _check_chat_template(folder: Path) -> None:
