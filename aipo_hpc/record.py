@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aipo_hpc.errors import RunError
+from aipo_hpc.errors import RecipeError, RunError
 from aipo_hpc.graph import STAGES, Edge, Graph, Job, Outside, make_graph
 from aipo_hpc.settings import everything, from_plain
 from aipo_hpc.store import Run
@@ -37,12 +37,25 @@ def job_record(graph: Graph, job: Job, payload_timeout: float) -> dict[str, Any]
 
 
 def read_graph(run: Run) -> Graph:
-    """The graph of a run, from its job.json files alone. Raises RunError if there are none."""
+    """The graph of a run, from its job.json files alone. Raises RunError if there are none, or one cannot be used."""
     run.read_recipe()
-    records = [record for name in run.job_names() if (record := run.job(name).read_job()) is not None]
+    records: list[tuple[int, Job]] = []
+    for name in run.job_names():
+        record = run.job(name).read_job()
+        if record is None:
+            raise RunError(
+                f"{run.job(name).path}: no readable job.json. Type the launch command again: it writes it anew."
+            )
+        try:
+            records.append((record["position"], _job(record)))
+        except (RecipeError, KeyError) as error:
+            raise RunError(
+                f"{run.job(name).path}: its job.json was written by another version of this program: {error}. "
+                "Type the launch command again: it writes it anew."
+            ) from error
     if not records:
         raise RunError(f"{run.path}: no jobs in it yet. Type the launch command again: it writes them.")
-    return make_graph([_job(record) for record in sorted(records, key=lambda record: record["position"])])
+    return make_graph([job for _, job in sorted(records, key=lambda each: each[0])])
 
 
 def _job(record: dict[str, Any]) -> Job:

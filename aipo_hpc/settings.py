@@ -16,8 +16,6 @@ _TUNING = "tuning"
 
 def tuning(default: Any) -> Any:
     """Declare a field that changes how fast or where a result is computed, never the result."""
-    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return dataclasses.field(default_factory=lambda: default, metadata={_TUNING: True})
     return dataclasses.field(default=default, metadata={_TUNING: True})
 
 

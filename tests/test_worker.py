@@ -81,9 +81,7 @@ def test_a_shard_reads_its_own_input_shard_and_a_whole_reader_all_in_order(shop:
     assert made.inputs == {"source": {"job": B, "sentinels": [sources[shard].digest for shard in range(4)]}}
 
 
-def test_a_second_attempt_at_a_finished_shard_does_nothing(
-    shop: Workshop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_attempt_at_a_finished_shard_does_nothing(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     shop.work(A, 1, "s-1")
     shop.work(A, 1, "s-2")
     assert shop.executions() == ["iter-00/a 1"]
@@ -124,7 +122,9 @@ def test_a_requeued_task_is_another_attempt(shop: Workshop, monkeypatch: pytest.
 
 def test_a_worker_whose_input_has_no_sentinel_does_not_start_and_says_so_in_bounded_time(shop: Workshop) -> None:
     began = time.monotonic()
-    with pytest.raises(InputNotVisible, match=r"iter-00/a: no valid sentinel of shards \[2\] is visible on .* after 0\.3 s"):
+    with pytest.raises(
+        InputNotVisible, match=r"iter-00/a: no valid sentinel of shards \[2\] is visible on .* after 0\.3 s"
+    ):
         shop.work(B, 2)
     assert time.monotonic() - began < 10
     assert shop.executions() == [] and shop.attempts(B, 2) == []
