@@ -4,18 +4,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from aipo_hpc.errors import AipoError, ClusterError, RunError, UserError
+from aipo_hpc.errors import AipoError, ClusterError, UserError
 from aipo_hpc.graph import build_graph
-from aipo_hpc.record import read_graph
+from aipo_hpc.record import check_job, check_shard, read_graph
 from aipo_hpc.store import Run
 
-Folder = Annotated[str, tyro.conf.Positional]
-"""A run directory."""
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -66,15 +66,16 @@ def logs(run: Folder, job: Annotated[str, tyro.conf.Positional] = "", shard: Ann
     """Print the last failure of each failed shard, of a job, or of one shard, with the tail of its log.
 
     Args:
-        run: a run directory.
         job: a job, e.g. iter-00/generate (default: all).
         shard: a shard's number (default: all that failed).
         lines: lines of the log's end to print.
     """
     opened = Run(Path(run))
     graph = read_graph(opened)
-    if job and job not in graph.jobs:
-        raise RunError(f"{job!r}: no such job in {opened.path}; jobs are {', '.join(graph.jobs)}")
+    if job:
+        check_job(graph, job, opened)
+        if shard != -1:
+            check_shard(graph, job, shard)
     shown = 0
     for name in [job] if job else graph.jobs:
         done = opened.job(name).done(graph.fingerprints[name])
@@ -123,7 +124,6 @@ def reset(run: Folder, job: Annotated[str, tyro.conf.Positional]) -> None:
     """Set a job and all that depends on it aside (nothing is deleted), so that the next launch computes it anew.
 
     Args:
-        run: a run directory.
         job: the job, e.g. iter-01/rank.
     """
     from aipo_hpc.cancel import reset_job
@@ -132,10 +132,9 @@ def reset(run: Folder, job: Annotated[str, tyro.conf.Positional]) -> None:
 
 
 def work(run: Folder, job: Annotated[str, tyro.conf.Positional], shard: int = 0) -> None:
-    """Do one shard of a job here and now: what a task on the cluster does, for launching by hand.
+    """Do one shard of a job here and now: what a task on the cluster does, for launching by hand (after drive=prepare).
 
     Args:
-        run: a run directory, written by a launch (drive=prepare writes it without submitting).
         job: the job, e.g. iter-00/generate.
         shard: the shard's number.
     """
@@ -143,10 +142,8 @@ def work(run: Folder, job: Annotated[str, tyro.conf.Positional], shard: int = 0)
 
     opened = Run(Path(run))
     graph = read_graph(opened)
-    if job not in graph.jobs:
-        raise RunError(f"{job!r}: no such job in {opened.path}; jobs are {', '.join(graph.jobs)}")
-    if not 0 <= shard < graph.jobs[job].num_shards:
-        raise RunError(f"{job}: shard {shard} is not among 0 to {graph.jobs[job].num_shards - 1}")
+    check_job(graph, job, opened)
+    check_shard(graph, job, shard)
     by_hand = f"hand-{os.environ.get('SLURM_JOB_ID') or os.getpid()}"
     Envelope(str(opened.path), job, shard, by_hand, shard, 0).run()
 
@@ -174,9 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given and given[0] in COMMANDS:
             command = COMMANDS[given[0]]
             tyro.cli(command, args=given[1:], prog=f"python -m aipo_hpc {given[0]}", use_underscores=True)
-        else:
+        elif given in ([], ["--help"], ["-h"]):
             print_usage()
-            return 0 if given in ([], ["--help"], ["-h"]) else 2
+        else:
+            close = get_close_matches(given[0], ["launch", "plan", *COMMANDS], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            print(f"{given[0]!r} is not a command.{hint}", file=sys.stderr)
+            print_usage()
+            return 2
     except AipoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

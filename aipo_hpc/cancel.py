@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping
 
 from aipo_hpc.clusters import Cluster, Submission, TaskState, make_cluster
-from aipo_hpc.errors import ClusterError, RunError
+from aipo_hpc.errors import ClusterError
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease, is_alive, read_owner, request_cancel
 from aipo_hpc.recipe import Recipe
-from aipo_hpc.record import read_graph
+from aipo_hpc.record import check_job, read_graph
 from aipo_hpc.settings import from_plain
 from aipo_hpc.store import Run
 
@@ -73,8 +73,7 @@ def _living(run: Run, graph: Graph, cluster: Cluster | None) -> list[tuple[Submi
 def reset_job(run: Run, name: str) -> str:
     """Set a job and all downstream of it aside; returns what was moved. Raises RunError for an unknown job."""
     graph = read_graph(run)
-    if name not in graph.jobs:
-        raise RunError(f"{name!r}: no such job in {run.path}; jobs are {', '.join(graph.jobs)}")
+    check_job(graph, name, run)
     names = graph.downstream(name)
     lost = [each for job in names for each in run.job(job).done(graph.fingerprints[job]).values()]
     hours = sum((each.ended - each.started) * max(len(each.gpus), 1) * each.num_processes for each in lost) / 3600

@@ -1,5 +1,6 @@
 """job.json: a job as a worker, and anyone who looks at the run later, reads it; and back to the graph."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from aipo_hpc.errors import RecipeError, RunError
@@ -56,6 +57,20 @@ def read_graph(run: Run) -> Graph:
     if not records:
         raise RunError(f"{run.path}: no jobs in it yet. Type the launch command again: it writes them.")
     return make_graph([job for _, job in sorted(records, key=lambda each: each[0])])
+
+
+def check_job(graph: Graph, name: str, run: Run) -> None:
+    """Raise RunError if there is no such job in the run."""
+    if name not in graph.jobs:
+        close = get_close_matches(name, graph.jobs, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RunError(f"{name!r}: no such job in {run.path}; jobs are {', '.join(graph.jobs)}.{hint}")
+
+
+def check_shard(graph: Graph, name: str, shard: int) -> None:
+    """Raise RunError if the job has no such shard."""
+    if not 0 <= shard < graph.jobs[name].num_shards:
+        raise RunError(f"{name}: shard {shard} is not among 0 to {graph.jobs[name].num_shards - 1}")
 
 
 def _job(record: dict[str, Any]) -> Job:
