@@ -15,7 +15,7 @@ from aipo_hpc.graph import build_graph
 from aipo_hpc.record import check_job, check_shard, read_graph
 from aipo_hpc.store import Run
 
-Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="A run directory, e.g. runs/demo.")]
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="a run directory, e.g. runs/demo")]
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -66,6 +66,7 @@ def logs(run: Folder, job: Annotated[str, tyro.conf.Positional] = "", shard: Ann
     """Print the last failure of each failed shard, of a job, or of one shard, with the tail of its log.
 
     Args:
+        run: a run directory.
         job: a job, e.g. iter-00/generate (default: all).
         shard: a shard's number (default: all that failed).
         lines: lines of the log's end to print.
@@ -124,6 +125,7 @@ def reset(run: Folder, job: Annotated[str, tyro.conf.Positional]) -> None:
     """Set a job and all that depends on it aside (nothing is deleted), so that the next launch computes it anew.
 
     Args:
+        run: a run directory.
         job: the job, e.g. iter-01/rank.
     """
     from aipo_hpc.cancel import reset_job
@@ -135,6 +137,7 @@ def work(run: Folder, job: Annotated[str, tyro.conf.Positional], shard: int = 0)
     """Do one shard of a job here and now: what a task on the cluster does, for launching by hand (after drive=prepare).
 
     Args:
+        run: a run directory.
         job: the job, e.g. iter-00/generate.
         shard: the shard's number.
     """

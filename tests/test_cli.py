@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose second shard of rank failed for good: the file that it reads lost its end."""
     run = tmp_path_factory.mktemp("cli") / "broken"
     assert launch_main([*SMALL, f"run_dir={run}", "drive=prepare"]) == 0
@@ -68,7 +68,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copy(payload, payload.parents[5] / "whole.parquet")
     os.truncate(payload, payload.stat().st_size - 7)
     assert launch_main([*SMALL, f"run_dir={run}"]) == 1
-    yield run
+    return run
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_only_the_failed_shard_and_what_waited_for_it_ran_when_the_run_was_launc
 ) -> None:
     old = [event for event in Run(broken).read_journal() if event["event"] == "submit"]
     new = [event for event in Run(whole).read_journal() if event["event"] == "submit"][len(old) :]
-    assert [(event["job"], event["shards"]) for event in new][0] == ("iter-00/rank", [1])
+    assert (new[0]["job"], new[0]["shards"]) == ("iter-00/rank", [1])
     assert {event["job"] for event in new}.isdisjoint({"iter-00/generate", "iter-00/baseline"})
 
 
