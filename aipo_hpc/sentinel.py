@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_DIGEST, _END = ',\n "digest": "', '"\n}\n'
+
 
 @dataclass(frozen=True)
 class Output:
@@ -43,28 +45,35 @@ class Sentinel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all fields: what makes a half-written or altered sentinel recognisable."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 over the text of all fields: what makes a half-written or altered sentinel recognisable."""
+        return _digest(self._body())
 
     def to_json(self) -> str:
-        """One JSON object, with the digest."""
-        return json.dumps({**dataclasses.asdict(self), "digest": self.digest}, indent=1) + "\n"
+        """One JSON object, with the digest of all that comes before it as its last field."""
+        body = self._body()
+        return f"{body}{_DIGEST}{_digest(body)}{_END}"
+
+    def _body(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1).removesuffix("\n}")
 
     @staticmethod
     def from_json(text: str) -> "Sentinel":
         """Parse; raises ValueError for anything that is not a whole, unaltered sentinel."""
+        body, _, rest = text.rpartition(_DIGEST)
+        if not body or rest != f"{_digest(body)}{_END}":
+            # The text as it stands is checked: a driver reads thousands of these when it starts.
+            raise ValueError("its digest does not fit its content")
         try:
-            fields = json.loads(text)
-            digest = fields.pop("digest")
+            fields = json.loads(f"{body}}}")
             fields["outputs"] = tuple(Output(**output) for output in fields["outputs"])
             fields["gpus"] = tuple(fields["gpus"])
-            sentinel = Sentinel(**fields)
+            return Sentinel(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a sentinel: {error}") from error
-        if digest != sentinel.digest:
-            raise ValueError("its digest does not fit its content")
-        return sentinel
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

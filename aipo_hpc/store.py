@@ -109,30 +109,32 @@ class JobFolder:
 
     def _look_at(self, name: str, fingerprint: str) -> Sentinel | None:
         """A sentinel that is not known yet, or was doubted: another attempt may have put a good one in its place."""
-        path = self.path / _DONE / name
+        path = os.path.join(self.path, _DONE, name)  # not a Path: a first look is at thousands of them
         try:
-            state = path.stat()
-            seen = (state.st_ino, state.st_size, state.st_mtime_ns, fingerprint)
-            if self._doubted.get(name) == seen:
-                return None
-            try:
-                sentinel = self._parse(path)
-                if sentinel.fingerprint != fingerprint:
-                    raise ValueError("it was made with other settings")
-            except ValueError as error:
-                self._doubted[name] = seen
-                self.reports.append(f"{path}: not believed, {error}; the shard counts as not done")
-                return None
+            with open(path, "rb") as file:
+                state = os.fstat(file.fileno())
+                seen = (state.st_ino, state.st_size, state.st_mtime_ns, fingerprint)
+                if self._doubted.get(name) == seen:
+                    return None
+                content = file.read()
         except OSError:
             # Listed, but not to be opened on this node yet: the next look may find it.
+            return None
+        try:
+            sentinel = self._parse(name, content)
+            if sentinel.fingerprint != fingerprint:
+                raise ValueError("it was made with other settings")
+        except ValueError as error:
+            self._doubted[name] = seen
+            self.reports.append(f"{path}: not believed, {error}; the shard counts as not done")
             return None
         self._sentinels[name] = sentinel
         return sentinel
 
-    def _parse(self, path: Path) -> Sentinel:
-        """Read a sentinel. Raises ValueError for one that is not whole or not in its place."""
-        sentinel = Sentinel.from_json(path.read_text(encoding="utf-8"))
-        if (sentinel.job, f"{sentinel.shard:05d}.json") != (self.name, path.name):
+    def _parse(self, name: str, content: bytes) -> Sentinel:
+        """Parse a file of sentinels. Raises ValueError for one that is not whole or not in its place."""
+        sentinel = Sentinel.from_json(content.decode())
+        if (sentinel.job, f"{sentinel.shard:05d}.json") != (self.name, name):
             raise ValueError(f"it speaks of {sentinel.job} shard {sentinel.shard}")
         return sentinel
 
@@ -147,7 +149,7 @@ class JobFolder:
                 if link_new(temporary, final):
                     return True
                 try:
-                    standing = self._parse(final)
+                    standing = self._parse(name, final.read_bytes())
                 except FileNotFoundError:
                     continue
                 except ValueError:

@@ -1,5 +1,7 @@
 """The run directory: what is believed, what is set aside, who wins."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -50,6 +52,17 @@ def test_a_published_sentinel_is_read_back_whole(run: Run, graph: Graph) -> None
     assert Sentinel.from_json(made.to_json()).digest == made.digest
 
 
+def test_a_sentinel_is_plain_json_whose_digest_covers_all_that_comes_before_it(run: Run, graph: Graph) -> None:
+    made = replace(
+        finish(run, graph, JOB, 0), gpus=("x", "é"), counts={"b": 0.1, "a": 3}, scheduler={"slurm_job_id": "7"}
+    )
+    text = made.to_json()
+    assert json.loads(text)["digest"] == made.digest
+    again = Sentinel.from_json(text)
+    assert again == made and again.to_json() == text, "so lineage is the same whoever tells it"
+    assert text == made.to_json() and list(json.loads(text))[-1] == "digest"
+
+
 def spoil_by_cutting(path: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
@@ -68,6 +81,19 @@ def spoil_by_another_kind_of_json(path: Path) -> None:
 
 def spoil_by_bytes_that_are_no_text(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
+
+
+def spoil_by_a_word_after_its_end(path: Path) -> None:
+    path.write_text(path.read_text() + "{}\n")
+
+
+def spoil_by_dropping_its_digest(path: Path) -> None:
+    path.write_text(path.read_text().partition(',\n "digest"')[0] + "\n}\n")
+
+
+def spoil_by_a_field_that_is_not_known(path: Path) -> None:
+    body = path.read_text().partition(',\n "digest"')[0] + ',\n "colour": "red"'
+    path.write_text(f'{body},\n "digest": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
 
 
 def spoil_by_moving_it_to_another_shard(path: Path) -> None:
