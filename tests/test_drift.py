@@ -11,6 +11,7 @@ from aipo_hpc.cancel import reset_job
 from aipo_hpc.drift import drifts, refuse_drift
 from aipo_hpc.errors import DriftError
 from aipo_hpc.graph import STAGES, Graph, Outside, build_graph, make_graph
+from aipo_hpc.journal import Journal
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.store import Run
@@ -21,8 +22,16 @@ def demo(tmp_path: Path) -> Recipe:
     return replace(load_recipe("demo"), run_dir=str(tmp_path / "run"))
 
 
+def worked_on(path: Path, graph: Graph) -> Run:
+    """A run in which a shard of each job is finished."""
+    run = write_run(path, graph)
+    for job in graph.jobs:
+        finish(run, graph, job, 0)
+    return run
+
+
 def launched(recipe: Recipe) -> Run:
-    return write_run(recipe.folder(), build_graph(recipe))
+    return worked_on(recipe.folder(), build_graph(recipe))
 
 
 def test_the_same_settings_do_not_drift(demo: Recipe) -> None:
@@ -91,8 +100,19 @@ def test_the_way_out_leads_out(demo: Recipe) -> None:
     assert (run.path / "iter-00/generate/job.json").exists() and not (run.path / "iter-01/generate").exists()
 
 
+def test_what_nothing_was_sent_of_and_nothing_is_finished_of_may_still_change(demo: Recipe) -> None:
+    graph = build_graph(demo)
+    run = write_run(demo.folder(), graph)
+    finish(run, graph, "iter-00/generate", 0)
+    changed = build_graph(replace(demo, train=replace(demo.train, beta=0.25)))
+    refuse_drift(run, changed)
+    Journal(run).intend("cafe", "iter-00/train", (0,), ())
+    with pytest.raises(DriftError, match=r"iter-00/train: settings\.beta: 0\.1 -> 0\.25"):
+        refuse_drift(run, changed)
+
+
 def test_a_new_version_of_a_stage_counts_as_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", chain())
+    run = worked_on(tmp_path / "run", chain())
     monkeypatch.setitem(STAGES, "touch", replace(STAGES["touch"], version=2))  # type: ignore[arg-type]
     with pytest.raises(DriftError, match="iter-00/a: version: 1 -> 2"):
         refuse_drift(run, chain())
@@ -102,7 +122,7 @@ def test_an_input_that_comes_goes_or_is_wired_otherwise_is_told(tmp_path: Path) 
     def wired(**inputs: tuple[str, str]) -> Graph:
         return make_graph([touch("iter-00/a"), touch("iter-00/z"), touch("iter-00/b", **inputs)])
 
-    run = write_run(tmp_path / "run", wired(source=("iter-00/a", "all")))
+    run = worked_on(tmp_path / "run", wired(source=("iter-00/a", "all")))
     other = drifts(run, wired(source=("iter-00/z", "all")))
     assert other == {"iter-00/b": ["inputs.source.job: 'iter-00/a' -> 'iter-00/z'"]}
     (lines,) = drifts(run, wired(other=("iter-00/a", "all"))).values()
@@ -119,6 +139,6 @@ def test_where_an_input_from_outside_lies_is_no_drift(tmp_path: Path) -> None:
     def reading(value: str, identity: str) -> Graph:
         return make_graph([replace(touch("iter-00/a"), inputs={"source": Outside(value, identity)})])
 
-    run = write_run(tmp_path / "run", reading("/here", "sha256:1"))
+    run = worked_on(tmp_path / "run", reading("/here", "sha256:1"))
     assert drifts(run, reading("/there", "sha256:1")) == {}
     assert list(drifts(run, reading("/here", "sha256:2"))) == ["iter-00/a"]
