@@ -19,6 +19,9 @@ from torch.utils.data import Dataset
 from aipo_hpc.logps import collate
 from aipo_hpc.rows import TrainRow
 
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_shared_logps", "ref_rejected_shared_logps")
+FLOAT_COLUMNS = (*REFERENCE_COLUMNS, "weights")
+
 
 @dataclass(frozen=True)
 class TokenisedRow:
@@ -27,8 +30,8 @@ class TokenisedRow:
     prompt_ids: torch.Tensor
     chosen_ids: torch.Tensor
     rejected_ids: torch.Tensor
-    ref_chosen_logps: float
-    ref_rejected_logps: float
+    ref_logps: tuple[float, ...]
+    """The row's columns called ``REFERENCE_COLUMNS``."""
 
     @property
     def length(self) -> int:
@@ -43,8 +46,7 @@ def compact(rows: Iterable[TrainRow]) -> list[TokenisedRow]:
             torch.tensor(row.prompt_ids, dtype=torch.int32),
             torch.tensor(row.chosen_ids, dtype=torch.int32),
             torch.tensor(row.rejected_ids, dtype=torch.int32),
-            row.ref_chosen_logps,
-            row.ref_rejected_logps,
+            tuple(getattr(row, name) for name in REFERENCE_COLUMNS),
         )
         for row in rows
     ]
@@ -88,17 +90,10 @@ class Slots(Dataset[tuple[TokenisedRow, float]]):
         return self._rows[index], weight
 
 
-FLOAT_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "weights")
-
-
 def collate_slots(slots: Sequence[tuple[TokenisedRow, float]]) -> dict[str, Any]:
     """``logps.collate`` of B slots, and ``FLOAT_COLUMNS`` as fp32 tensors of shape (B,)."""
     rows = [row for row, _ in slots]
-    columns = (
-        [row.ref_chosen_logps for row in rows],
-        [row.ref_rejected_logps for row in rows],
-        [weight for _, weight in slots],
-    )
+    columns = (*zip(*(row.ref_logps for row in rows), strict=True), [weight for _, weight in slots])
     floats = {
         name: torch.tensor(column, dtype=torch.float32) for name, column in zip(FLOAT_COLUMNS, columns, strict=True)
     }

@@ -40,7 +40,7 @@ STAGES: Mapping[str, Stage] = {
     "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
     "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
     "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
-    "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig),
+    "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig, version=2),
     "train": Stage("aipo_hpc.stages.train", train.TrainConfig),
     "evaluate": Stage("aipo_hpc.stages.evaluate", evaluate.EvaluateConfig),
 }

@@ -11,6 +11,7 @@ right to the longest:
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -64,11 +65,26 @@ def collate(pairs: Sequence[TokenisedPair], pad_token_id: int = 0) -> dict[str, 
     }
 
 
-def response_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return log pi(chosen|prompt) and log pi(rejected|prompt), each of shape (B,), in nats, fp32 (fp64 if the model is).
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities of B pairs, each of shape (B,), in nats, fp32 (fp64 if the model is)."""
 
-    ``batch`` comes from ``collate`` and lies on the model's device. Sums run over all response tokens. Logits are asked
-    for only from the end of the batch's shortest prompt on, if the model can leave out the others.
+    chosen: Tensor
+    """log pi(chosen|prompt), summed over all response tokens."""
+    rejected: Tensor
+    chosen_shared: Tensor
+    """The same over the first tokens only, as many as the shorter response of the pair has."""
+    rejected_shared: Tensor
+    weights: Tensor | None
+    """If asked for: exp of the sum over both responses of the mean over tokens of log(pi(y_t) / sum_v pi(v)^2), without
+    a gradient. About 1 for samples of the policy itself, less for what it would hardly say."""
+
+
+def response_logps(model: Any, batch: dict[str, Tensor], *, weights: bool = False) -> ResponseLogps:
+    """Run the model over a batch of pairs; the weights of WPO only if asked for, since they go over the logits again.
+
+    ``batch`` comes from ``collate`` and lies on the model's device. Logits are asked for only from the end of the batch's
+    shortest prompt on, if the model can leave out the others.
     """
     input_ids, prompt_lengths, lengths = batch["input_ids"], batch["prompt_lengths"], batch["lengths"]
     start = int(prompt_lengths.min()) - 1
@@ -80,10 +96,18 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     # Position i predicts token i + 1, so the last position predicts nothing that is known.
     position = torch.arange(start + 1, input_ids.shape[1], device=input_ids.device)
     wanted = (position >= prompt_lengths[:, None]) & (position < (prompt_lengths + lengths)[:, None])
-    logps = token_logps(logits[:, :-1], input_ids[:, start + 1 :])
-    sums = logps.masked_fill(~wanted, 0.0).sum(dim=1)
-    chosen, rejected = sums.chunk(2)
-    return chosen, rejected
+    logps = token_logps(logits[:, :-1], input_ids[:, start + 1 :]).masked_fill(~wanted, 0.0)
+    chosen, rejected = logps.sum(dim=1).chunk(2)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    shared = logps.masked_fill(position >= (prompt_lengths + shorter)[:, None], 0.0)
+    chosen_shared, rejected_shared = shared.sum(dim=1).chunk(2)
+    pair_weights = None
+    if weights:
+        with torch.no_grad():
+            likely = (logps - log_collision(logits[:, :-1])).masked_fill(~wanted, 0.0)
+            chosen_mean, rejected_mean = (likely.sum(dim=1) / lengths).chunk(2)
+            pair_weights = (chosen_mean + rejected_mean).exp()
+    return ResponseLogps(chosen, rejected, chosen_shared, rejected_shared, pair_weights)
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,6 +118,16 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logps: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
     return logps
+
+
+def log_collision(logits: Tensor) -> Tensor:
+    """Tell log sum_v p(v)^2, of shape (rows, length): how likely two samples of a token agree. In fp32, chunk by chunk."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    found = torch.empty(logits.shape[:2], dtype=precise, device=logits.device)
+    for row, span in _chunks(logits):
+        chunk = logits[row, span].to(precise)
+        found[row, span] = (2 * chunk).logsumexp(dim=-1) - 2 * chunk.logsumexp(dim=-1)
+    return found
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -126,6 +160,7 @@ def _chunks(logits: Tensor) -> list[tuple[int, slice]]:
 
 
 def _can_leave_out_logits(model: Any) -> bool:
-    """Whether the model's forward, below any data-parallel wrapper, knows ``logits_to_keep``."""
+    """Whether the model's forward, below any wrapper of data parallelism or adapters, knows ``logits_to_keep``."""
     inner = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

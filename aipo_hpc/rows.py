@@ -87,7 +87,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class TrainRow:
-    """A pair as token ids; log-probabilities are sums over the response's tokens, in nats, under the reference."""
+    """A pair as token ids; log-probabilities are sums over the response's tokens, in nats, under the reference.
+
+    Those called ``shared`` run only over the first tokens, as many as the shorter response has.
+    """
 
     prompt_id: str
     prompt_ids: list[int]
@@ -95,6 +98,8 @@ class TrainRow:
     rejected_ids: list[int]
     ref_chosen_logps: float
     ref_rejected_logps: float
+    ref_chosen_shared_logps: float
+    ref_rejected_shared_logps: float
 
 
 @dataclass(frozen=True)

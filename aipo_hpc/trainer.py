@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from transformers import Trainer, TrainerCallback
 
 from aipo_hpc.batches import FLOAT_COLUMNS, collate_slots
 from aipo_hpc.errors import RecipeError
-from aipo_hpc.logps import response_logps
+from aipo_hpc.logps import ResponseLogps, response_logps
 from aipo_hpc.objectives import objective
+from aipo_hpc.objectives.batch import Batch, Extras, Shared
+from aipo_hpc.running_ratios import RunningRatios
 
 METRICS = "metrics.jsonl"
 
@@ -23,6 +24,8 @@ _AVERAGED = (
     "rewards/rejected",
     "rewards/accuracies",
     "rewards/margins",
+    "margins/policy",
+    "margins/reference",
     "logps/chosen",
     "logps/rejected",
     "nll",
@@ -34,9 +37,15 @@ _AVERAGED = (
 class PairTrainer(Trainer):
     """Trains on ``batches.Slots`` with one of the objectives.
 
-    The loss of a step is the mean of per-pair losses over the global batch. Logged besides Trainer's own: rewards
-    (beta times log pi - log ref, in nats), log-probabilities (nats per response), nll (nats per token of the chosen
-    response) and lengths (tokens), each a mean over the pairs since the last line.
+    The loss of a step is the mean of per-pair losses over the global batch. Logged besides Trainer's own, each a mean over
+    the pairs since the last line:
+
+        rewards/chosen, rejected    beta * (log pi - log ref); accuracies: how often chosen is above rejected; margins
+        margins/policy, reference   beta * (log p(chosen) - log p(rejected)) under the policy and under the reference
+        logps/chosen, rejected      log pi of a response, in nats
+        nll                         -log pi per token of the chosen response
+        lengths/chosen, rejected    tokens
+        regularization/alpha, nll   what alpha adds to the objective's logit, what lambda adds to its loss; where it has them
     """
 
     def __init__(
@@ -53,18 +62,19 @@ class PairTrainer(Trainer):
         metrics_path: Path,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collate_slots, callbacks=[_LogLastStep()], **kwargs)
+        self._objective = objective(loss_type)
+        self._ratios = RunningRatios() if "ratios" in self._objective.needs else None
+        callbacks = [_LogLastStep(), *([self._ratios] if self._ratios else [])]
+        super().__init__(data_collator=collate_slots, callbacks=callbacks, **kwargs)
         # The loss is a mean over the micro-batch; Trainer is to divide it by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
-        self._objective = partial(
-            objective(loss_type), beta=beta, alpha=alpha, lambda_=lambda_, gamma=gamma, label_smoothing=label_smoothing
-        )
-        self._beta = beta
+        self._settings = (beta, alpha, lambda_, gamma, label_smoothing)
+        self._averaged = (*_AVERAGED, *(f"regularization/{name}" for name in self._objective.regularization))
         self._pairs_per_epoch = pairs_per_epoch
         self._pairs_per_step = pairs_per_step
         self._metrics_path = metrics_path
         self._metrics_started = False
-        self._sums = torch.zeros(len(_AVERAGED) + 1, dtype=torch.float64, device=self.args.device)
+        self._sums = torch.zeros(len(self._averaged) + 1, dtype=torch.float64, device=self.args.device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device. Reference values stay fp32; Trainer would round them to DeepSpeed's dtype."""
@@ -76,34 +86,52 @@ class PairTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Mean over the slots of this micro-batch of weight times per-pair loss; a scalar."""
-        chosen, rejected = response_logps(model, inputs)
-        chosen_lengths, rejected_lengths = inputs["lengths"].chunk(2)
-        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        losses = self._objective(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-        self._note(inputs, chosen.detach(), rejected.detach(), chosen_lengths, rejected_lengths)
+        batch = self._batch(response_logps(model, inputs, weights="weights" in self._objective.needs), inputs)
+        losses = self._objective.formula(batch)
+        with torch.no_grad():
+            self._note(batch, inputs["weights"] > 0)
         loss: Tensor = (losses * inputs["weights"]).mean()
         return loss
 
-    def _note(
-        self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
-    ) -> None:
+    def _batch(self, logps: ResponseLogps, inputs: dict[str, Any]) -> Batch:
+        """The micro-batch as objectives see it."""
+        extras = Extras(
+            Shared(
+                logps.chosen_shared,
+                logps.rejected_shared,
+                inputs["ref_chosen_shared_logps"],
+                inputs["ref_rejected_shared_logps"],
+            ),
+            logps.weights,
+            self._ratios.means if self._ratios else None,
+        )
+        references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        chosen_lengths, rejected_lengths = inputs["lengths"].chunk(2)
+        return Batch(
+            logps.chosen, logps.rejected, *references, chosen_lengths, rejected_lengths, *self._settings, extras
+        )
+
+    def _note(self, batch: Batch, is_pair: Tensor) -> None:
         """Add up what ``log`` averages, on the device, so that a step waits for nothing."""
-        chosen_rewards = self._beta * (chosen - inputs["ref_chosen_logps"])
-        rejected_rewards = self._beta * (rejected - inputs["ref_rejected_logps"])
+        chosen_rewards, rejected_rewards = batch.beta * batch.chosen_ratio, batch.beta * batch.rejected_ratio
         values = (
             chosen_rewards,
             rejected_rewards,
             chosen_rewards > rejected_rewards,
             chosen_rewards - rejected_rewards,
-            chosen,
-            rejected,
-            -chosen / chosen_lengths,
-            chosen_lengths,
-            rejected_lengths,
-            torch.ones_like(chosen),
+            batch.beta * batch.s_theta,
+            batch.beta * batch.s_ref,
+            batch.policy_chosen_logps,
+            batch.policy_rejected_logps,
+            -batch.policy_chosen_logps / batch.chosen_lengths,
+            batch.chosen_lengths,
+            batch.rejected_lengths,
+            *(term(batch) for term in self._objective.regularization.values()),
+            torch.ones_like(is_pair),
         )
-        is_pair = inputs["weights"] > 0
         self._sums += torch.stack([value.double().masked_fill(~is_pair, 0.0).sum() for value in values])
+        if self._ratios:
+            self._ratios.note(batch.chosen_ratio[is_pair], batch.rejected_ratio[is_pair])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step, with averages over all processes, and append it to the metrics file.
@@ -114,7 +142,7 @@ class PairTrainer(Trainer):
         if is_step:
             *sums, num_pairs = self.accelerator.reduce(self._sums, reduction="sum").tolist()
             self._sums.zero_()
-            logs.update({name: value / num_pairs for name, value in zip(_AVERAGED, sums, strict=True)})
+            logs.update({name: value / num_pairs for name, value in zip(self._averaged, sums, strict=True)})
         super().log(logs, start_time)
         # To Trainer, all epochs are one.
         pairs_seen = self.state.global_step * self._pairs_per_step

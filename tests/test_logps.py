@@ -1,5 +1,6 @@
 """The forward over pairs against log-softmax written out in full."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from tiny_models import tiny_model_folder
 
 from aipo_hpc import logps
-from aipo_hpc.logps import collate, response_logps, token_logps
+from aipo_hpc.logps import ResponseLogps, collate, log_collision, response_logps, token_logps
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder(tmp_path_factory.mktemp("model")))
+
+
+def both(logps: ResponseLogps) -> tuple[torch.Tensor, torch.Tensor]:
+    return logps.chosen, logps.rejected
 
 
 def written_out(model: Any, prompt: list[int], response: list[int]) -> float:
@@ -57,12 +62,50 @@ def test_a_batch_holds_all_chosen_sequences_and_then_all_rejected_ones() -> None
 
 def test_sums_are_those_of_each_sequence_alone(model: Any) -> None:
     with torch.no_grad():
-        chosen, rejected = response_logps(model, collate(PAIRS))
+        chosen, rejected = both(response_logps(model, collate(PAIRS)))
     assert chosen.dtype == rejected.dtype == torch.float32
     assert chosen.tolist() == pytest.approx([written_out(model, p.prompt_ids, p.chosen_ids) for p in PAIRS], abs=1e-4)
     assert rejected.tolist() == pytest.approx(
         [written_out(model, p.prompt_ids, p.rejected_ids) for p in PAIRS], abs=1e-4
     )
+
+
+def test_shared_sums_end_where_the_shorter_response_does(model: Any) -> None:
+    with torch.no_grad():
+        logps = response_logps(model, collate(PAIRS))
+    lengths = [min(len(p.chosen_ids), len(p.rejected_ids)) for p in PAIRS]
+    for got, responses in (
+        (logps.chosen_shared, [p.chosen_ids for p in PAIRS]),
+        (logps.rejected_shared, [p.rejected_ids for p in PAIRS]),
+    ):
+        expected = [
+            written_out(model, p.prompt_ids, ids[:m]) for p, ids, m in zip(PAIRS, responses, lengths, strict=True)
+        ]
+        assert got.tolist() == pytest.approx(expected, abs=1e-4)
+    assert logps.weights is None
+
+
+def test_weights_are_the_likelihood_per_token_relative_to_the_models_own_samples(model: Any) -> None:
+    def likeness(prompt: list[int], response: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
+        table = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+        own = table.exp().square().sum(dim=-1).log()
+        return float((table.gather(1, torch.tensor(response)[:, None])[:, 0] - own).mean())
+
+    logps = response_logps(model, collate(PAIRS), weights=True)
+    assert logps.weights is not None and not logps.weights.requires_grad and logps.chosen.requires_grad
+    expected = [math.exp(likeness(p.prompt_ids, p.chosen_ids) + likeness(p.prompt_ids, p.rejected_ids)) for p in PAIRS]
+    assert logps.weights.tolist() == pytest.approx(expected, rel=1e-4)
+    print(f"weights of three random pairs: {expected}")
+
+
+def test_the_chance_that_two_samples_agree_is_exact_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2, 5, 11) * 5
+    expected = torch.softmax(logits, -1).square().sum(-1).log()
+    for elements in (1, 25, 10**6):
+        monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", elements)
+        torch.testing.assert_close(log_collision(logits), expected)
 
 
 def test_a_model_that_cannot_leave_out_logits_gives_the_same(model: Any) -> None:
@@ -78,7 +121,7 @@ def test_a_model_that_cannot_leave_out_logits_gives_the_same(model: Any) -> None
 
     batch = collate(PAIRS)
     with torch.no_grad():
-        expected, got = torch.cat(response_logps(model, batch)), torch.cat(response_logps(Stubborn(), batch))
+        expected, got = (torch.cat(both(response_logps(each, batch))) for each in (model, Stubborn()))
     assert got.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -92,7 +135,7 @@ def test_logits_before_the_shortest_prompts_end_are_not_asked_for() -> None:
 
         __call__ = forward
 
-    chosen, _ = response_logps(Watched(), collate(PAIRS[:1]))
+    chosen = response_logps(Watched(), collate(PAIRS[:1])).chosen
     assert asked == [9 - 4]
     assert chosen.tolist() == pytest.approx([-4 * torch.tensor(50.0).log().item()])
 
@@ -131,6 +174,7 @@ def test_bfloat16_logits_are_normalised_and_summed_in_fp32() -> None:
 def test_padding_never_changes_a_result(model: Any, tmp_path: Path) -> None:
     long = Ids([1, *range(50, 120)], [25, 26, 2], [39, 2])
     with torch.no_grad():
-        alone = torch.cat(response_logps(model, collate(PAIRS[:1], pad_token_id=0)))
-        beside = torch.cat([part[:1] for part in response_logps(model, collate([PAIRS[0], long], pad_token_id=99))])
+        alone = torch.cat(both(response_logps(model, collate(PAIRS[:1], pad_token_id=0))))
+        together = response_logps(model, collate([PAIRS[0], long], pad_token_id=99))
+        beside = torch.cat([part[:1] for part in both(together)])
     assert beside.tolist() == pytest.approx(alone.tolist(), abs=1e-4)

@@ -45,6 +45,15 @@ def test_rows_come_in_the_order_of_the_pairs_with_the_models_own_log_probabiliti
                 table = scorer(input_ids=torch.tensor([row.prompt_ids + ids])).logits[0].double().log_softmax(-1)
             expected = sum(float(table[len(row.prompt_ids) + i - 1, token]) for i, token in enumerate(ids))
             assert scored == pytest.approx(expected, abs=1e-4)
+        shorter = (
+            row.ref_chosen_logps,
+            row.ref_chosen_shared_logps,
+            row.ref_rejected_logps,
+            row.ref_rejected_shared_logps,
+        )
+        if len(row.chosen_ids) > len(row.rejected_ids):
+            shorter = shorter[2:] + shorter[:2]
+        assert shorter[0] == shorter[1] and shorter[3] >= shorter[2]
 
 
 def test_the_size_of_a_batch_changes_no_value(tmp_path: Path, model: Path) -> None:

@@ -31,7 +31,7 @@ ROWS = [
     Ranked("p", "prompt", TALK, [GOOD, BAD], [0.1 + 0.2, -1e300], [1, 2], [False, True]),
     Ranked("p", "prompt", TALK, [], [], [], [], "no candidates"),
     Pair("p", "prompt", TALK, GOOD, BAD, 1.5, -0.5),
-    TrainRow("p", [1, 2], [3], [2**40], -1.25, -2.5),
+    TrainRow("p", [1, 2], [3], [2**40], -1.25, -2.5, -1.25, -2.0),
     Verdict("p", "prompt", "new", "old", 0.25, 0.5, 3, 3),
 ]
 

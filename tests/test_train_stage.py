@@ -26,7 +26,8 @@ from training_tasks import (
 from aipo_hpc import batches, checkpoints
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.logps import collate, response_logps
-from aipo_hpc.objectives import objective
+from aipo_hpc.objectives import OBJECTIVES, objective
+from aipo_hpc.objectives.batch import Extras, Ratios, Shared
 from aipo_hpc.rows import TrainRow, read_rows, write_rows
 from aipo_hpc.settings import content
 from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps, run
@@ -57,8 +58,13 @@ def train(out: Path, rows: Path, model: Path, **config: Any) -> tuple[Task, Outc
     return task, run(TrainConfig(**{**PLAIN, **config}), task)
 
 
-def by_hand(model: Path, rows: list[TrainRow], **settings: float) -> float:
-    """Mean AIPO loss over rows, one pair at a time."""
+NO_RATIOS = Ratios()
+
+
+def by_hand(
+    model: Path, rows: list[TrainRow], loss_type: str = "aipo", ratios: Ratios = NO_RATIOS, **settings: float
+) -> float:
+    """Mean loss over rows, one pair at a time."""
     from transformers import AutoModelForCausalLM
 
     policy: Any = AutoModelForCausalLM.from_pretrained(model)
@@ -66,9 +72,12 @@ def by_hand(model: Path, rows: list[TrainRow], **settings: float) -> float:
     for row in rows:
         batch = collate([row])
         with torch.no_grad():
-            chosen, rejected = response_logps(policy, batch)
+            logps = response_logps(policy, batch, weights=True)
         references = torch.tensor([row.ref_chosen_logps]), torch.tensor([row.ref_rejected_logps])
-        losses.append(objective("aipo")(chosen, rejected, *references, *batch["lengths"].chunk(2), **settings).item())
+        shared = torch.tensor([row.ref_chosen_shared_logps]), torch.tensor([row.ref_rejected_shared_logps])
+        extras = Extras(Shared(logps.chosen_shared, logps.rejected_shared, *shared), logps.weights, ratios)
+        sums = (logps.chosen, logps.rejected, *references, *batch["lengths"].chunk(2))
+        losses.append(objective(loss_type)(*sums, **settings, extras=extras).item())
     return sum(losses) / len(losses)
 
 
@@ -147,6 +156,11 @@ def test_logged_rewards_are_beta_times_the_log_ratio_without_alpha(
     assert line["rewards/chosen"] == pytest.approx(0.1 * (line["logps/chosen"] - mean_reference), abs=1e-5)
     assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
     assert line["lengths/chosen"] == pytest.approx(sum(len(row.chosen_ids) for row in all_rows) / 20)
+    reference_margin = 0.1 * (mean_reference - sum(row.ref_rejected_logps for row in all_rows) / 20)
+    assert line["margins/reference"] == pytest.approx(reference_margin, abs=1e-5)
+    assert line["margins/policy"] == pytest.approx(0.1 * (line["logps/chosen"] - line["logps/rejected"]), abs=1e-5)
+    assert line["regularization/alpha"] == pytest.approx(-0.5 * reference_margin, abs=1e-5)
+    assert line["regularization/nll"] == pytest.approx(0.5 * line["nll"], abs=1e-6)
 
 
 def test_the_first_step_of_plain_dpo_costs_ln_2(tmp_path: Path, rows: Path, model: Path) -> None:
@@ -175,6 +189,46 @@ def test_neither_micro_batches_nor_gradient_checkpointing_change_the_result(
                 assert line[name] == pytest.approx(same[name], rel=1e-4, abs=1e-5)
         # Adam divides by the size of the gradient, so noise in tiny gradients shows, up to the learning rate.
         assert largest_difference(one.out / "model", other.out / "model") < 1e-4
+
+
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+def test_every_objective_trains_and_is_its_formulas_mean(
+    tmp_path: Path, foreign_rows: Path, model: Path, loss_type: str
+) -> None:
+    """Two steps of 10 pairs. What an objective needs besides sums comes from the trainer, whatever the micro-batch."""
+    settings = {"loss_type": loss_type, "alpha": 0.04, "global_batch_size": 10, "beta": 0.3}
+    two, _ = train(tmp_path / "two", foreign_rows, model, **settings)
+    if objective(loss_type).needs:
+        five, _ = train(tmp_path / "five", foreign_rows, model, per_device_train_batch_size=5, **settings)
+        for line, same in zip(metrics(two.out), metrics(five.out), strict=True):
+            for name in ("loss", "grad_norm", "margins/policy"):
+                assert line[name] == pytest.approx(same[name], rel=1e-3, abs=1e-5)
+    all_rows = list(read_rows([foreign_rows], TrainRow))
+    first = [all_rows[index] for index in batches.global_batches(20, 1.0, 10, "7/0")[0]]
+    values = {"beta": 0.3, "alpha": 0.04, "lambda_": 0.5, "gamma": 0.0, "label_smoothing": 0.0}
+    assert metrics(two.out)[0]["loss"] == pytest.approx(by_hand(model, first, loss_type, **values), rel=1e-4)
+
+
+def test_ratios_of_the_steps_before_are_what_relative_objectives_see(
+    tmp_path: Path, foreign_rows: Path, model: Path
+) -> None:
+    """At a learning rate of nothing: log-ratios stay what they are, so that their means can be worked out from rows."""
+    frozen: dict[str, Any] = {"learning_rate": 1e-12, "global_batch_size": 10, "beta": 0.3, "loss_type": "kto_pair"}
+    task, _ = train(tmp_path / "kto", foreign_rows, model, **frozen)
+    bco, _ = train(tmp_path / "bco", foreign_rows, model, **{**frozen, "loss_type": "bco_pair"})
+    all_rows = list(read_rows([foreign_rows], TrainRow))
+    first, second = batches.global_batches(20, 1.0, 10, "7/0")
+    line = metrics(task.out)[0]
+    means = Ratios(
+        line["rewards/chosen"] / 0.3,
+        line["rewards/rejected"] / 0.3,
+        (line["rewards/chosen"] + line["rewards/rejected"]) / 0.6,
+    )
+    values = {"beta": 0.3, "alpha": 0.09, "lambda_": 0.5, "gamma": 0.0, "label_smoothing": 0.0}
+    for out, name in ((task.out, "kto_pair"), (bco.out, "bco_pair")):
+        for logged, step, ratios in zip(metrics(out), (first, second), (Ratios(), means), strict=True):
+            expected = by_hand(model, [all_rows[index] for index in step], name, ratios=ratios, **values)
+            assert logged["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_fewer_pairs_than_a_global_batch_still_train_one_step(tmp_path: Path, rows: Path, model: Path) -> None:
@@ -279,6 +333,9 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can() -
         ({"loss_type": "aipoo"}, "Did you mean 'aipo'"),
         ({"beta": 0.0}, "beta=0.0 must be above 0"),
         ({"lambda_": -1.0}, "lambda=-1.0"),
+        ({"loss_type": "r_dpo"}, "alpha=0.09 must be from 0 to 0.05 for r_dpo"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 must be 0 for ipo, which has none"),
+        ({"loss_type": "kto_pair", "gamma": 0.5}, "gamma=0.5 must be 0 for kto_pair"),
         ({"zero_stage": 4}, "0, 1, 2 or 3"),
         ({"dtype": "float16"}, "bfloat16 or float32"),
         ({"save_total_limit": 1}, "2 or more"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ERRORS = "errors.jsonl"
+LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_shared_logps", "ref_rejected_shared_logps")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", pair: Pair) -> TrainRow | st
     for name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not ids:
             return f"{name} has no tokens"
-    return TrainRow(pair.prompt_id, prompt, chosen, rejected, math.nan, math.nan)
+    return TrainRow(pair.prompt_id, prompt, chosen, rejected, *[math.nan] * 4)
 
 
 def _batches(rows: Sequence[TrainRow], tokens_per_batch: int) -> Iterator[list[TrainRow]]:
@@ -181,19 +182,20 @@ def _score(model: Any, rows: Sequence[TrainRow], errors: dict[str, str]) -> Iter
     try:
         with torch.inference_mode():
             batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
-            chosen, rejected = (logps.tolist() for logps in response_logps(model, batch))
+            logps = response_logps(model, batch)
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
             errors[rows[0].prompt_id] = f"{_longest(rows[0])} tokens do not fit into memory: {error}"
             return
-        chosen = None
-    if chosen is None:
+        logps = None
+    if logps is None:
         torch.cuda.empty_cache()
         yield from _score(model, rows[: len(rows) // 2], errors)
         yield from _score(model, rows[len(rows) // 2 :], errors)
         return
-    for row, chosen_logps, rejected_logps in zip(rows, chosen, rejected, strict=True):
-        yield replace(row, ref_chosen_logps=chosen_logps, ref_rejected_logps=rejected_logps)
+    sums = (logps.chosen, logps.rejected, logps.chosen_shared, logps.rejected_shared)
+    for row, *values in zip(rows, *(each.tolist() for each in sums), strict=True):
+        yield replace(row, **dict(zip(LOGPS, values, strict=True)))
 
 
 def _longest(row: TrainRow) -> int:

@@ -40,15 +40,17 @@ class TrainConfig:
     """Settings of preference training. The defaults are those of AIPO's main comparison (arXiv 2409.08845)."""
 
     loss_type: str = "aipo"
-    """Objective: aipo, alpha_dpo, sigmoid (DPO), nll_loss (DPO + NLL) or simpo."""
+    """Objective: aipo, alpha_dpo, sigmoid (DPO), nll_loss (DPO + NLL), simpo, sigmoid_norm (DPO per token), robust, hinge,
+    ipo, r_dpo, ld_dpo, wpo, kto_pair, bco_pair, sppo_hard or nca_pair."""
     beta: float = 0.1
     """Inverse temperature of the implicit reward (SimPO: 2.0)."""
     alpha: float = 0.09
-    """How much of the reference's own margin is added to the margin asked for; holds response length down."""
+    """How much of the reference's own margin is added to the margin asked for; holds response length down. In r_dpo the
+    penalty per token of length (0.002), in ld_dpo the weight of tokens beyond the shared length (0.5)."""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.5
     """Weight of the chosen response's negative log-likelihood per token (aipo, nll_loss)."""
     gamma: float = 0.0
-    """Constant margin: in nats inside beta for the DPO family, outside beta for SimPO (0.5)."""
+    """Constant margin: in nats, inside beta; outside beta in SimPO (0.5)."""
     label_smoothing: float = 0.0
     """Probability that a pair is labelled the wrong way round, from 0 to below 0.5."""
     learning_rate: float = 5e-7
@@ -83,7 +85,8 @@ class TrainConfig:
     """What training asks the cluster for: one process per GPU."""
 
     def __post_init__(self) -> None:
-        objective(self.loss_type)
+        chosen = objective(self.loss_type)
+        lowest, highest = chosen.alpha
         if self.lr_scheduler_type not in LR_SCHEDULER_TYPES:
             close = difflib.get_close_matches(self.lr_scheduler_type, LR_SCHEDULER_TYPES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -95,9 +98,18 @@ class TrainConfig:
             f"train.{name}={value!r} must be {what}"
             for name, value, valid, what in (
                 ("beta", self.beta, self.beta > 0, "above 0"),
-                ("alpha", self.alpha, self.alpha > -1, "above -1"),
+                (
+                    "alpha",
+                    self.alpha,
+                    "alpha" not in chosen.uses or lowest <= self.alpha <= highest,
+                    f"from {lowest:g} to {highest:g} for {self.loss_type}",
+                ),
                 ("lambda", self.lambda_, self.lambda_ >= 0, "0 or more"),
                 ("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5"),
+                *(
+                    (name, value, value == 0 or name in chosen.uses, f"0 for {self.loss_type}, which has none")
+                    for name, value in (("gamma", self.gamma), ("label_smoothing", self.label_smoothing))
+                ),
                 ("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0"),
                 ("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0"),
                 ("global_batch_size", self.global_batch_size, self.global_batch_size > 0, "1 or more"),
