@@ -320,7 +320,7 @@ class Run:
             ) from error
         except ValueError as error:
             raise RunError(
-                f"{self.path / RECIPE}: damaged ({error}). Launch the recipe again to write it anew."
+                f"{self.path / RECIPE}: damaged ({error}). Move it away and launch the recipe again, which writes it anew."
             ) from error
         return recipe
 

@@ -1,6 +1,7 @@
 """A run described on the command line: field=value and --field value mean the same, and what is unknown gets a suggestion."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,5 +192,14 @@ def test_a_shell_gets_completion_of_the_fields(shell: str, tmp_path: Path) -> No
     ).stdout
     assert "generate.n" in printed and "train.beta" in printed
     if shell == "bash":
-        (tmp_path / "completion.sh").write_text(printed)
-        subprocess.run(["bash", "-n", tmp_path / "completion.sh"], check=True)
+        script = tmp_path / "completion.sh"
+        script.write_text(printed)
+        (function,) = re.findall(r"^complete -F (\w+) python -m aipo_hpc.launch$", printed, re.MULTILINE)
+        typed = "COMP_WORDS=(python -m aipo_hpc.launch --generate.num_); COMP_CWORD=3"
+        answer = subprocess.run(
+            ["bash", "-c", f"source {script}; {typed}; {function}; echo ${{COMPREPLY[*]}}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert answer.stdout.split() == ["--generate.num_prompts", "--generate.num_shards"]

@@ -276,6 +276,18 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_once_there_is_room(
         assert mended.code == 0, mended.said
 
 
+def test_a_damaged_recipe_of_a_run_is_named_and_written_anew_once_it_is_moved_away(
+    refused: Refused, launched: Callable[..., Launched], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert launched(f"run_dir={run}", "drive=prepare").code == 0
+    os.truncate(run / "recipe.json", 30)
+    says(refused(), f"RunError: {run}/recipe.json: damaged", "Move it away")
+    (run / "recipe.json").rename(tmp_path / "damaged.json")
+    mended = launched(f"run_dir={run}", "drive=prepare")
+    assert mended.code == 0 and "reading" not in mended.said, "what was done is done no more"
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
 def test_a_damaged_sentinel_is_reported_and_its_shard_is_computed_again(
     damage: str, launched: Callable[..., Launched], tmp_path: Path
