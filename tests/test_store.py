@@ -352,7 +352,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_recipe_is_named(run: Run) -> None:
     (run.path / "recipe.json").write_text("{")
-    with pytest.raises(RunError, match=r"recipe\.json: damaged .*Launch the recipe again"):
+    with pytest.raises(RunError, match=r"recipe\.json: damaged .*launch the recipe again"):
         run.read_recipe()
 
 
