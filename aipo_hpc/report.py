@@ -44,6 +44,7 @@ def results_table(run: Run, graph: Graph) -> Table:
     table = Table(
         "iteration",
         "win rate vs iteration 0",
+        "better, same, worse",
         "prompts judged",
         "mean response length (characters)",
         "reward accuracy (last epoch)",
@@ -55,7 +56,7 @@ def results_table(run: Run, graph: Graph) -> Table:
     baseline = counts(run, graph, "iter-00/baseline")
     if baseline.get("candidates"):
         length = baseline["characters"] / baseline["candidates"]
-        table.add_row("0 (initial policy)", "50.0 % (itself)", "", f"{length:.1f}", "", "", "")
+        table.add_row("0 (initial policy)", "50.0 % (itself)", "", "", f"{length:.1f}", "", "", "")
     for iteration in iterations(graph):
         evaluation = counts(run, graph, f"iter-{iteration:02d}/evaluate")
         training = counts(run, graph, f"iter-{iteration:02d}/train")
@@ -67,6 +68,7 @@ def results_table(run: Run, graph: Graph) -> Table:
         table.add_row(
             f"{iteration + 1} (iter-{iteration:02d})",
             rate + (f" ± {100 * error:.1f}" if error is not None else ""),
+            ", ".join(f"{evaluation[name]:g}" for name in ("wins", "ties", "losses")) if evaluation else "",
             f"{judged} of {judged + evaluation['not_judged']:g}" if evaluation else "",
             f"{evaluation['mean_length']:.1f}" if evaluation else "",
             _number(training, "reward_accuracy", "{:.3f}"),

@@ -52,7 +52,7 @@ def recipe() -> Recipe:
             gradient_checkpointing=False,
             zero_stage=0,
             save_steps=10,
-            resources=Resources(cpus_per_task=2, time=30),
+            resources=ONE_CORE,  # so small a model gains nothing from a second one
         ),
         evaluate=EvaluateConfig(temperature=0.7, tokens_per_batch=4096, resources=ONE_CORE),
     )

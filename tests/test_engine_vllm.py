@@ -250,5 +250,25 @@ def test_its_processes_end_when_the_main_process_is_killed_without_warning(runni
         time.sleep(0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_process_that_fails_with_its_engine_loaded_ends(model: Path, tmp_path: Path) -> None:
+    """Even where a finalizer was made before multiprocessing was imported, so that vLLM's would run too late."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import tempfile\n"
+        "scratch = tempfile.TemporaryDirectory()\n"
+        "from test_engine_vllm import CONFIG\n"
+        "from aipo_hpc import engines\n"
+        f"if __name__ == '__main__':\n    engine = engines.load_engine(CONFIG, {str(model)!r})\n    raise ValueError('no')\n"
+    )
+    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 1 and "ValueError: no" in done.stderr, done.stderr[-3000:]
+
+
 if __name__ == "__main__":
     process(Path(sys.argv[1]), Path(sys.argv[2]))

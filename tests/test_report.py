@@ -55,7 +55,15 @@ def trained(run: Run, graph: Graph, iteration: int) -> None:
 
 
 def evaluated(run: Run, graph: Graph, iteration: int, **counts: float) -> None:
-    values = {"win_rate": 0.625, "win_rate_se": 0.0321, "mean_length": 88.25, "baseline_mean_length": 90.0}
+    values = {
+        "win_rate": 0.625,
+        "win_rate_se": 0.0321,
+        "wins": 20,
+        "ties": 35,
+        "losses": 5,
+        "mean_length": 88.25,
+        "baseline_mean_length": 90.0,
+    }
     done(run, graph, f"iter-{iteration:02d}/evaluate", rows=60, **{**values, "not_judged": 4, **counts})
 
 
@@ -74,6 +82,7 @@ def test_a_policy_has_its_win_rate_with_error_lengths_and_training(run, graph):
     assert row(table, 0) == {
         "iteration": "0 (initial policy)",
         "win rate vs iteration 0": "50.0 % (itself)",
+        "better, same, worse": "",
         "prompts judged": "",
         "mean response length (characters)": "90.2",
         "reward accuracy (last epoch)": "",
@@ -83,6 +92,7 @@ def test_a_policy_has_its_win_rate_with_error_lengths_and_training(run, graph):
     assert row(table, 1) == {
         "iteration": "1 (iter-00)",
         "win rate vs iteration 0": "62.5 % ± 3.2",
+        "better, same, worse": "20, 35, 5",
         "prompts judged": "60 of 64",
         "mean response length (characters)": "88.2",
         "reward accuracy (last epoch)": "0.750",
@@ -98,7 +108,7 @@ def test_a_policy_that_is_trained_and_not_evaluated_says_so(run, graph):
 
 def test_one_judged_prompt_has_a_win_rate_without_an_error(run, graph):
     trained(run, graph, 0)
-    done(run, graph, "iter-00/evaluate", rows=1, win_rate=1.0, mean_length=3.0, not_judged=0)
+    done(run, graph, "iter-00/evaluate", rows=1, win_rate=1.0, wins=1, ties=0, losses=0, mean_length=3.0, not_judged=0)
     assert row(results_table(run, graph), 0)["win rate vs iteration 0"] == "100.0 %"
 
 

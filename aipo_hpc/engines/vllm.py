@@ -4,15 +4,20 @@ A window of requests is kept queued, so the batch never drains and memory does n
 refuses is reported and hurts no other.
 """
 
+import atexit
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aipo_hpc.engines import Completion, Request
 from aipo_hpc.engines.guard import guard_children
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.stages.generate import GenerateConfig
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 _WINDOW = 4
 """Requests kept queued, in multiples of max_num_seqs."""
@@ -45,6 +50,9 @@ class VllmEngine:
                 f"vllm does not take these settings for {model}: {error}\nMend the generate.* fields it speaks of "
                 f"(max_model_len is max_prompt_tokens={config.max_prompt_tokens} + max_tokens={config.max_tokens})."
             ) from error
+        # An engine that is still referenced at the exit (by an error's frames, say) must end before multiprocessing waits
+        # for its processes, which may be before vLLM's own finalizers run: what is registered last runs first.
+        atexit.register(_end, weakref.ref(self._llm))
 
     def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
         """Yield each completion as it finishes."""
@@ -92,3 +100,10 @@ class VllmEngine:
         except (ValueError, TypeError, VLLMClientError) as error:
             return f"vllm refused it: {error}"
         return None
+
+
+def _end(engine: "weakref.ref[LLM]") -> None:
+    """End the processes of an engine, if it is still there."""
+    llm = engine()
+    if llm is not None:
+        llm.llm_engine.engine_core.shutdown()

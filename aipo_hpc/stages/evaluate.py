@@ -82,12 +82,15 @@ def judge(row: Responses, mine: str, theirs: str, scores: Sequence[float]) -> Ve
 
 
 def summarize(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Win rate with its standard error (from two verdicts on), and mean lengths in characters."""
+    """Win rate with its standard error (from two verdicts on), what it is made of, and mean lengths in characters."""
     wins = [verdict.win for verdict in verdicts]
     error = {"win_rate_se": stdev(wins) / math.sqrt(len(wins))} if len(wins) > 1 else {}
     return {
         "win_rate": fmean(wins),
         **error,
+        "wins": wins.count(1.0),
+        "ties": wins.count(0.5),
+        "losses": wins.count(0.0),
         "mean_length": fmean(verdict.length for verdict in verdicts),
         "baseline_mean_length": fmean(verdict.baseline_length for verdict in verdicts),
     }
