@@ -109,6 +109,7 @@ def test_a_refusal_is_for_good_for_now_or_not_clear(
 @pytest.mark.parametrize("command", ["squeue", "scancel", "scontrol"])
 def test_a_client_command_that_is_limited_by_rate_is_an_answer_that_passes(site: Path, command: str) -> None:
     cluster = SlurmCluster(SlurmConfig())
+    stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01'")
     stub(site, command, "echo 'slurm_load_jobs error: rate limit exceeded, please try again' >&2; exit 1")
     calls = {"squeue": cluster.states, "scancel": cluster.cancel, "scontrol": lambda _: SlurmCluster(SlurmConfig())}
     with pytest.raises(ClusterError, match="rate limit"):

@@ -202,10 +202,15 @@ class SlurmCluster:
         return states
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
-        """One scancel by name for all."""
-        if submissions:
-            names = ",".join(submission.name for submission in submissions)
-            self._client(["scancel", f"--user={getpass.getuser()}", f"--name={names}"])
+        """One scancel of the ids that squeue tells for these names: scancel itself takes no more than one name."""
+        if not submissions:
+            return
+        wanted = {submission.name: submission for submission in submissions}
+        listed = self._client(["squeue", f"--user={getpass.getuser()}", "--noheader", "--format=%j|%F|%V"])
+        lines = [fields for line in listed.splitlines() if len(fields := line.strip().split("|")) == 3]
+        ids = sorted({job_id for name, job_id, since in lines if _is_ours(wanted.get(name), job_id, since)})
+        if ids:
+            self._client(["scancel", *ids])
 
     def _client(self, command: Sequence[str]) -> str:
         self.num_commands += 1
@@ -261,8 +266,8 @@ def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[
         if len(fields) < 7 or not _is_ours(wanted.get(fields[0]), fields[1], fields[2]):
             continue
         name, _, _, index, state, used, reason = fields
-        at = int(index) if index.isdigit() else 0
-        states.setdefault(name, {})[at] = task_state(state, used in ("0:00", "INVALID"), wanted[name], reason)
+        told = task_state(state, used in ("0:00", "INVALID"), wanted[name], reason)
+        _tell(states.setdefault(name, {}), expand(index), told, wanted[name])
     return states
 
 
@@ -277,11 +282,20 @@ def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[i
         array, _, element = job_id.partition("_")
         if not _is_ours(wanted.get(name), array, submitted):
             continue
-        indices = [int(element)] if element.isdigit() else expand(element) if element else [0]
-        for index in indices:
-            told = task_state(state, elapsed == "00:00:00", wanted[name], f"exit code {exit_code}")
-            states.setdefault(name, {})[index] = told
+        told = task_state(state, elapsed == "00:00:00", wanted[name], f"exit code {exit_code}")
+        _tell(states.setdefault(name, {}), expand(element), told, wanted[name])
     return states
+
+
+def _tell(states: dict[int, TaskState], indices: Sequence[int], told: TaskState, submission: Submission) -> None:
+    """Note the state of elements. A line without an index is of a job that is no array, or of an array as a whole.
+
+    Slurm keeps the latter of one that was cancelled before it began: it speaks for what has no line of its own.
+    """
+    states.update(dict.fromkeys(indices, told))
+    if not indices:
+        for index in range(len(submission.shards)):
+            states.setdefault(index, told)
 
 
 def _is_ours(submission: Submission | None, job_id: str, submitted: str) -> bool:
