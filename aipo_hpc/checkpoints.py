@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,10 @@ def remove_incomplete(attempt: Path) -> None:
 class MarkComplete(TrainerCallback):
     """Writes the marker of each checkpoint, after every process has finished its part and had it kept on disk."""
 
-    def __init__(self, shape: Mapping[str, Any]) -> None:
+    def __init__(self, shape: Mapping[str, Any], advance: Callable[[], None]) -> None:
+        """``advance`` is called when a checkpoint is complete."""
         self._shape = shape
+        self._advance = advance
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer on every process, after its part of a save."""
@@ -82,3 +84,4 @@ class MarkComplete(TrainerCallback):
                 os.fsync(file.fileno())
             partial.rename(folder / MARKER)
             sync_tree(folder.parent)
+            self._advance()

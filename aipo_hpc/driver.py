@@ -6,19 +6,30 @@ and start it again.
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 
 from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
-from aipo_hpc.failures import KINDS
+from aipo_hpc.failures import AS_ASKED, KINDS, Adjustment
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
-from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
-from aipo_hpc.sentinel import Failure
+from aipo_hpc.reconcile import (
+    BY_DRIVER,
+    Decision,
+    Element,
+    GivenUp,
+    RecordFailure,
+    Submit,
+    View,
+    element_of,
+    reconcile,
+)
+from aipo_hpc.sentinel import Failure, Sentinel
 from aipo_hpc.store import Run
 
 Tell = Callable[[str], None]
@@ -55,6 +66,8 @@ class Driver:
         self._queried = 0.0
         self._over_since: dict[Element, float] = {}
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
+        self._failed_since: dict[Element, float] = {}
+        self._kept_off: set[str] = set()
 
     def follow(self, poll_seconds: float) -> None:
         """Drive until the run is finished. Raises RunFailed when it cannot go on, Cancelled when asked to stop."""
@@ -77,6 +90,10 @@ class Driver:
         decision = reconcile(self._graph, view, self._cluster.limits)
         for record in decision.record:
             self._record(record)
+        for node in decision.bad_nodes.keys() - self._kept_off:
+            self._kept_off.add(node)
+            self._tell(f"node {node}: nothing is sent there any more, {decision.bad_nodes[node]}")
+            self._journal.note("exclude", node=node, reason=decision.bad_nodes[node])
         for submit in decision.submit:
             if not self._submit(submit):
                 break
@@ -106,7 +123,7 @@ class Driver:
                 else:
                     self._over_since.setdefault((submission.name, index), now)
         return View(
-            done=done,
+            done={name: sentinels.keys() for name, sentinels in done.items()},
             failures=failures,
             submissions=pending,
             states=self._states,
@@ -115,29 +132,43 @@ class Driver:
             fence=self._journal.fence,
             now=time.time(),
             room=self._allowance.at(time.time()),
+            failed_since=self._failed_since,
+            nodes={name: _nodes(sentinels.values()) for name, sentinels in done.items()},
         )
 
-    def _files(self) -> tuple[dict[str, AbstractSet[int]], dict[str, list[Failure]]]:
+    def _files(self) -> tuple[dict[str, Mapping[int, Sentinel]], dict[str, list[Failure]]]:
         """Finished shards and failures by job: one listing of each folder."""
-        done: dict[str, AbstractSet[int]] = {}
+        done: dict[str, Mapping[int, Sentinel]] = {}
         failures: dict[str, list[Failure]] = {}
         for name, job in self._graph.jobs.items():
             folder = self._run.job(name)
-            done[name] = folder.done(self._graph.fingerprints[name], only=range(job.num_shards)).keys()
+            done[name] = folder.done(self._graph.fingerprints[name], only=range(job.num_shards))
             failures[name] = folder.failures()
+        now = time.time()
+        for failure in (failure for each in failures.values() for failure in each):
+            if (element := element_of(failure)) is not None:
+                self._failed_since.setdefault(element, now)
         return done, failures
 
     def _unfinished(
-        self, done: Mapping[str, AbstractSet[int]], failures: Mapping[str, Sequence[Failure]]
+        self, done: Mapping[str, Mapping[int, Sentinel]], failures: Mapping[str, Sequence[Failure]]
     ) -> list[Submission]:
-        """Submissions of this graph with a shard that is neither done nor known to have failed."""
-        failed = {failure.attempt.rsplit(".", 1)[0] for each in failures.values() for failure in each}
+        """Submissions of this graph with a shard that is neither done nor known to have failed and to be over."""
+        over: set[Element] = set()
+        for failure in (failure for each in failures.values() for failure in each):
+            element = element_of(failure)
+            if element is None:
+                continue
+            state = self._states.get(element[0], {}).get(element[1])
+            heard = self._queried >= self._failed_since[element] and not (state is not None and state.alive)
+            if heard or failure.attempt.endswith(BY_DRIVER):
+                over.add(element)
         return [
             submission
             for submission in self._journal.submissions.values()
             if submission.job in self._graph.jobs
             and any(
-                shard not in done[submission.job] and f"{submission.name}.{index}" not in failed
+                shard not in done[submission.job] and (submission.name, index) not in over
                 for index, shard in enumerate(submission.shards)
             )
         ]
@@ -156,13 +187,16 @@ class Driver:
             Failure(
                 job=record.job,
                 shard=record.shard,
-                attempt=f"{record.submission}.{record.index}.driver",
+                attempt=f"{record.submission}.{record.index}{BY_DRIVER}",
                 fence=submission.fence,
                 kind=record.kind,
                 message=record.message,
                 host=platform.node(),
                 log=find_log(self._run, submission, record.index),
                 time=time.time(),
+                node=record.node,
+                seconds=record.seconds,
+                progressed=self._run.job(record.job).advanced(record.shard, f"{record.submission}.{record.index}"),
             )
         )
         self._over_since.pop((record.submission, record.index), None)
@@ -172,14 +206,21 @@ class Driver:
     def _submit(self, submit: Submit) -> bool:
         """Send shards off; False if the scheduler has no room for them now."""
         self._check_lease()
-        submission = self._journal.intend(self._run_id, submit.job, submit.shards, submit.after)
+        submission = self._journal.intend(
+            self._run_id, submit.job, submit.shards, submit.after, adjustment=submit.adjustment
+        )
         after = [self._journal.submissions[dependency.after] for dependency in submit.after]
         try:
             self._check_lease()  # once more: writing the intent may have taken long on a file system that hangs
             identifier = self._cluster.submit(self._run, self._graph.jobs[submit.job], submission, after)
         except (SubmitRefused, RunFailed) as error:
             self._journal.refused(submission, str(error))
-            raise
+            as_asked = Adjustment(batch=submit.adjustment.batch)
+            if isinstance(error, RunFailed) or submit.adjustment == as_asked:
+                raise
+            # What its failures ask for is more than the site gives: try as the recipe says.
+            self._tell(f"{submit.job}: refused with {submit.adjustment}, sent without: {error}")
+            return self._submit(replace(submit, adjustment=as_asked))
         except NoRoom as error:
             self._journal.refused(submission, str(error))
             if self._allowance.at(time.time()) is None:
@@ -193,7 +234,8 @@ class Driver:
         self._journal.submitted(submission, identifier)
         self._allowance.accepted(len(submit.shards))
         waits = f", after {', '.join(sorted({each.job for each in after}))}" if after else ""
-        self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}")
+        adjusted = f", with {submit.adjustment}" if submit.adjustment != AS_ASKED else ""
+        self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}{adjusted}")
         return True
 
     def _check_lease(self) -> None:
@@ -205,6 +247,11 @@ class Driver:
         pending = self._unfinished(*self._files())
         self._journal.note("cancel", submissions=[submission.name for submission in pending])
         self._cluster.cancel(pending)
+
+
+def _nodes(sentinels: Iterable[Sentinel]) -> AbstractSet[str]:
+    """The nodes that these shards were finished on, as the scheduler calls them."""
+    return {each.scheduler["slurmd_nodename"] for each in sentinels if "slurmd_nodename" in each.scheduler}
 
 
 def explain(run: Run, given_up: tuple[GivenUp, ...]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from aipo_hpc.clusters import Dependency, Submission
+from aipo_hpc.failures import AS_ASKED, Adjustment
 from aipo_hpc.store import Run
 
 
@@ -35,6 +36,7 @@ class Journal:
                 after=tuple(Dependency(**each) for each in event["after"]),
                 fence=event["fence"],
                 time=event["time"],
+                adjustment=read_adjustment(event.get("adjustment", {})),
             )
             self.submissions[submission.name] = submission
             self._numbers = max(self._numbers, int(submission.name.rsplit("-", 1)[1]))
@@ -53,11 +55,18 @@ class Journal:
         self._run.append_journal("launch", fence=self.fence, **fields)
         return self.fence
 
-    def intend(self, run_id: str, job: str, shards: tuple[int, ...], after: tuple[Dependency, ...]) -> Submission:
+    def intend(
+        self,
+        run_id: str,
+        job: str,
+        shards: tuple[int, ...],
+        after: tuple[Dependency, ...],
+        adjustment: Adjustment = AS_ASKED,
+    ) -> Submission:
         """Note the intent to submit and return the submission with its unique name."""
         self._numbers += 1
         name = f"aipo-{run_id}-{self._numbers}"
-        submission = Submission(name, job, shards, after, self.fence, time.time())
+        submission = Submission(name, job, shards, after, self.fence, time.time(), adjustment=adjustment)
         fields = {key: value for key, value in asdict(submission).items() if key not in ("id", "time")}
         self._run.append_journal("submit", **fields)
         self.submissions[name] = submission
@@ -76,3 +85,8 @@ class Journal:
     def note(self, event: str, **fields: object) -> None:
         """Note anything else that was decided."""
         self._run.append_journal(event, **fields)
+
+
+def read_adjustment(fields: dict[str, Any]) -> Adjustment:
+    """The inverse of ``asdict``."""
+    return Adjustment(**{**fields, "exclude": tuple(fields.get("exclude", ()))})

@@ -1,11 +1,16 @@
 """The plan: the graph as it would run, what is done, what would be sent and why. Nothing is submitted or written."""
 
+import math
+import time
 from collections import Counter
+from collections.abc import Set as AbstractSet
 
 from rich.table import Table
 
 from aipo_hpc.drift import drifts
+from aipo_hpc.failures import standings
 from aipo_hpc.graph import Edge, Graph, Job
+from aipo_hpc.journal import Journal
 from aipo_hpc.resources import Resources
 from aipo_hpc.store import Run
 
@@ -55,8 +60,18 @@ def _outlook(job: Job, done: set[int], graph: Graph, run: Run, changed: list[str
     failed = Counter(failure.kind for failure in run.job(job.name).failures() if failure.shard in missing)
     if failed:
         what += f" (failed before: {', '.join(f'{kind} {number}' for kind, number in failed.items())})"
+    if later := next_retry(job, run, set(missing)):
+        what += f", {later}"
     waiting = [name for name, edge in job.edges.items() if not _complete(edge, graph, run)]
     return what + (f", after {', '.join(job.edges[name].job for name in waiting)}" if waiting else "")
+
+
+def next_retry(job: Job, run: Run, missing: AbstractSet[int]) -> str:
+    """When the next of the missing shards that failed is tried again, in words; empty if none of them waits."""
+    standing = standings(run.job(job.name).failures(), Journal(run).fence)
+    times = [stands.retry_at for shard, stands in standing.items() if shard in missing and not stands.given_up]
+    later = [at - time.time() for at in times if at > time.time()]
+    return f"retry in {math.ceil(min(later))} s" if later else ""
 
 
 def _complete(edge: Edge, graph: Graph, run: Run) -> bool:

@@ -10,7 +10,7 @@ because the final file has its own order, it does not depend on how often the wo
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ class Progress(Generic[Row]):
     def __init__(self, task: Task, kind: type[Row]) -> None:
         self._kind = kind
         self._out = task.out
+        self._advance: Callable[[], None] = task.advance
+        self._advanced = False
         self._rows: dict[str, Row] = {}
         for folder in (*task.earlier, task.out):
             for row in _read(folder / PROGRESS, kind):
@@ -66,6 +68,9 @@ class Progress(Generic[Row]):
         """Keep a finished row; durable within two seconds."""
         with full_disk_named(self._out / PROGRESS):
             self._write(row)
+            if not self._advanced:
+                self._advance()
+                self._advanced = True
             if time.monotonic() - self._synced > _SECONDS_BETWEEN_FSYNCS:
                 self._sync()
         self._rows[_key(row)] = row

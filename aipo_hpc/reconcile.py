@@ -9,17 +9,17 @@ It keeps no state, so a driver may die anywhere and another goes on by the same 
 * missing shards whose inputs are done are submitted; where the cluster knows dependencies, also those whose inputs are
   being computed: element by element against an array of the same shards, else against all of them;
 * a shard that failed more often than its class of failure tolerates is given up, and stops neither its siblings nor
-  anything that does not need it.
+  anything that does not need it; before that it is tried again, after a while, and with what its failures ask for: more
+  memory or time, a smaller batch, other nodes.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
-from aipo_hpc.failures import KINDS
+from aipo_hpc.failures import AS_ASKED, FAST, KINDS, Adjustment, Standing, bad_nodes, keeping_off, standings
 from aipo_hpc.graph import Edge, Graph, Job
 from aipo_hpc.sentinel import Failure
 
@@ -28,6 +28,16 @@ LOST_AFTER = 60.0
 
 Element = tuple[str, int]
 """A submission's name and an index in it."""
+
+
+BY_DRIVER = ".driver"
+"""How the attempt of a failure ends that the driver recorded, because the scheduler had said that the element is over."""
+
+
+def element_of(failure: Failure) -> Element | None:
+    """The element that failed; None for one that was started by hand."""
+    name, _, index = failure.attempt.rpartition(".")[0].rpartition(".")
+    return (name, int(index)) if index.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ class View:
     now: float
     room: int | None = None
     """How many shards may be sent now, where the scheduler is known to take only so many."""
+    failed_since: Mapping[Element, float] = field(default_factory=dict)
+    """When a task's own record of its failure was first seen."""
+    nodes: Mapping[str, AbstractSet[str]] = field(default_factory=dict)
+    """Nodes on which shards of a job were finished."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Submit:
     job: str
     shards: tuple[int, ...]
     after: tuple[Dependency, ...] = ()
+    adjustment: Adjustment = AS_ASKED
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class RecordFailure:
     index: int
     kind: str
     message: str
+    node: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,21 +111,29 @@ class Decision:
     finished: bool = False
     held: bool = False
     """Something could be sent, but the scheduler has no room for it now."""
+    waiting: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Shards that failed and are tried again later, by job; and when."""
+    bad_nodes: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that nothing is sent to any more, each with the reason."""
 
     @property
     def stuck(self) -> bool:
-        """Nothing runs, nothing can be sent, and it is not finished."""
-        return not (self.finished or self.submit or self.record or self.held or any(self.alive.values()))
+        """Nothing runs, nothing can be sent now or later, and it is not finished."""
+        later = self.held or self.waiting
+        return not (self.finished or self.submit or self.record or later or any(self.alive.values()))
 
 
 def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
     alive, record = _living(view, limits)
     jobs = [job for job in graph.jobs.values() if job.resources is not None]
-    given_up = [given for job in jobs for given in _given_up(job, view, alive.get(job.name, {}))]
+    bad = bad_nodes(view.failures, _good_nodes(view), view.fence)
+    standing = {job.name: standings(view.failures.get(job.name, ()), view.fence, bad) for job in jobs}
+    given_up = [given for job in jobs for given in _given_up(job, standing[job.name], view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
     submit: list[Submit] = []
     room = _Room(limits, view.room, graph, alive)
+    waiting: dict[str, dict[int, float]] = {}
     if not record:
         for job in jobs:
             missing = [
@@ -118,8 +143,15 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
                 and shard not in alive.get(job.name, {})
                 and (job.name, shard) not in hopeless
             ]
-            for send in _submissions(job, missing, graph, view, alive, limits):
-                submit += room.fit(job, send)
+            stands = standing[job.name]
+            later = {shard: stands[shard].retry_at for shard in missing if shard in stands}
+            later = {shard: retry_at for shard, retry_at in later.items() if retry_at > view.now}
+            if later:
+                waiting[job.name] = later
+            missing = [shard for shard in missing if shard not in later]
+            for adjustment, shards in _by_adjustment(missing, stands, bad).items():
+                for send in _submissions(job, shards, graph, view, alive, limits):
+                    submit += room.fit(job, replace(send, adjustment=adjustment))
     finished = all(len(view.done.get(job.name, ())) == job.num_shards for job in graph.jobs.values())
     return Decision(
         tuple(submit),
@@ -128,6 +160,8 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
         {job: {shard: element.running for shard, element in shards.items()} for job, shards in alive.items()},
         finished,
         room.held,
+        waiting,
+        bad,
     )
 
 
@@ -147,13 +181,19 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
     """Which shards are being computed, and which elements ended without a word."""
     alive: Living = {}
     record: list[RecordFailure] = []
-    failed = {failure.attempt.rsplit(".", 1)[0] for failures in view.failures.values() for failure in failures}
+    over = _over(failure for failures in view.failures.values() for failure in failures)
     for submission in view.submissions:
         states = view.states.get(submission.name, {})
         for index, shard in enumerate(submission.shards):
-            if shard in view.done.get(submission.job, ()) or f"{submission.name}.{index}" in failed:
+            if shard in view.done.get(submission.job, ()):
                 continue
             state = states.get(index)
+            if (by_driver := over.get((submission.name, index))) is not None:
+                # A task that said why it failed may still be ending, or the scheduler may have begun it once more.
+                heard = view.queried >= view.failed_since.get((submission.name, index), 0.0)
+                if not by_driver and (not heard or (state is not None and state.alive)):
+                    alive.setdefault(submission.job, {})[shard] = _Element(submission, False, sure=False)
+                continue
             if (state is not None and state.alive) or view.queried <= submission.time:
                 running = state is not None and state.running
                 alive.setdefault(submission.job, {})[shard] = _Element(submission, running)
@@ -166,25 +206,45 @@ def _living(view: View, limits: Limits) -> tuple[Living, list[RecordFailure]]:
                 continue
             kind = "lost" if state is None else state.kind or "no_sentinel"
             message = state.detail if state is not None and state.detail else KINDS[kind].advice
-            record.append(RecordFailure(submission.name, submission.job, shard, index, kind, message))
+            node, ran = ("", None) if state is None else (state.node, state.seconds)
+            record.append(RecordFailure(submission.name, submission.job, shard, index, kind, message, node, ran))
     return alive, record
 
 
-def _given_up(job: Job, view: View, alive: Mapping[int, object]) -> Iterable[GivenUp]:
-    counts: Counter[tuple[int, str]] = Counter()
-    last: dict[int, Failure] = {}
-    attempts: set[tuple[int, str]] = set()
-    for failure in view.failures.get(job.name, ()):
-        if failure.fence < view.fence or (failure.shard, failure.attempt) in attempts:
-            continue
-        attempts.add((failure.shard, failure.attempt))
-        counts[failure.shard, failure.kind] += 1
-        last[failure.shard] = failure
-    for shard, failure in sorted(last.items()):
-        if shard in view.done.get(job.name, ()) or shard in alive:
-            continue
-        if any(counts[shard, kind] > KINDS[kind].tolerated for kind in KINDS):
-            yield GivenUp(job.name, shard, failure)
+def _over(failures: Iterable[Failure]) -> dict[Element, bool]:
+    """Elements with a recorded failure; True if the driver recorded it, because the scheduler had said that it is over."""
+    found: dict[tuple[str, int], bool] = {}
+    for failure in failures:
+        if (element := element_of(failure)) is not None:
+            found[element] = found.get(element, False) or failure.attempt.endswith(BY_DRIVER)
+    return found
+
+
+def _good_nodes(view: View) -> dict[str, set[str]]:
+    """Nodes by job on which a shard of it is done, or runs for longer than a bad node lets any run."""
+    good = {job: set(nodes) for job, nodes in view.nodes.items()}
+    for submission in view.submissions:
+        for state in view.states.get(submission.name, {}).values():
+            if state.running and state.node and (state.seconds or 0) > FAST:
+                good.setdefault(submission.job, set()).add(state.node)
+    return good
+
+
+def _given_up(job: Job, standing: Mapping[int, Standing], view: View, alive: Mapping[int, object]) -> Iterable[GivenUp]:
+    for shard, stands in sorted(standing.items()):
+        if stands.given_up and shard not in view.done.get(job.name, ()) and shard not in alive:
+            yield GivenUp(job.name, shard, stands.last)
+
+
+def _by_adjustment(
+    missing: Sequence[int], standing: Mapping[int, Standing], bad: Iterable[str]
+) -> dict[Adjustment, list[int]]:
+    """Shards that are sent together, because they ask for the same."""
+    groups: dict[Adjustment, list[int]] = {}
+    for shard in missing:
+        asked = standing[shard].adjustment if shard in standing else AS_ASKED
+        groups.setdefault(keeping_off(asked, bad), []).append(shard)
+    return groups
 
 
 def _submissions(

@@ -90,3 +90,9 @@ class Failure:
     host: str = ""
     log: str = ""
     time: float = 0.0
+    node: str = ""
+    """The scheduler's name of the node; of several, all of them."""
+    seconds: float | None = None
+    """How long the attempt had run, as far as it is known."""
+    progressed: bool = False
+    """Whether the attempt got further than those before it."""

@@ -2,6 +2,7 @@
 
 Settings are flat frozen dataclasses. A field decides the *content* of what is computed, and so belongs to the
 fingerprint of its job, unless it is declared with ``tuning(default)``: batch sizes, resources, intervals, where to run.
+Of those, what ``memory_bound(default)`` declares is lowered for a shard that ran out of memory.
 """
 
 import dataclasses
@@ -11,12 +12,33 @@ from typing import Any, TypeVar
 from aipo_hpc.errors import RecipeError
 
 Settings = TypeVar("Settings")
-_TUNING = "tuning"
+_TUNING, _BATCH = "tuning", "batch"
 
 
 def tuning(default: Any) -> Any:
     """Declare a field that changes how fast or where a result is computed, never the result."""
     return dataclasses.field(default=default, metadata={_TUNING: True})
+
+
+def memory_bound(default: Any, *, unset: int | None = None, divides: bool = False) -> Any:
+    """Declare a ``tuning`` field, such as a batch size, that is lowered for a shard that ran out of memory.
+
+    ``unset`` is where None starts from; with ``divides``, the lower value divides the one asked for.
+    """
+    return dataclasses.field(default=default, metadata={_TUNING: True, _BATCH: (unset, divides)})
+
+
+def with_smaller_batches(settings: Settings, divisor: int) -> Settings:
+    """The settings with every field that was declared with ``memory_bound`` divided, down to 1."""
+    lowered: dict[str, int] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        if _BATCH not in field.metadata or divisor == 1:
+            continue
+        unset, divides = field.metadata[_BATCH]
+        value = unset if getattr(settings, field.name) is None else getattr(settings, field.name)
+        lower = max(1, value // divisor)
+        lowered[field.name] = next(each for each in range(lower, 0, -1) if value % each == 0) if divides else lower
+    return dataclasses.replace(settings, **lowered)  # type: ignore[type-var]
 
 
 def content(settings: Any) -> dict[str, Any]:

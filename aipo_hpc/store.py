@@ -46,6 +46,7 @@ from aipo_hpc.durable import (
 )
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.sentinel import Failure, Sentinel
+from aipo_hpc.task import ADVANCED
 
 RECIPE = "recipe.json"
 JOURNAL = "journal.jsonl"
@@ -193,6 +194,12 @@ class JobFolder:
                 if name != attempt:
                     others.append(((folder.parent / name).stat().st_mtime, name))
         return folder, tuple(folder.parent / name for _, name in sorted(others))
+
+    def advanced(self, shard: int, element: str) -> bool:
+        """Whether an attempt of this element (of which a requeued task makes several) got further than those before."""
+        folder = self.path / _SHARDS / f"{shard:05d}"
+        attempts = [name for name in list_names(folder) if name.rsplit(".", 1)[0] == element]
+        return any(ADVANCED in list_names(folder / name) for name in attempts)
 
     def files(self, sentinel: Sentinel) -> tuple[Path, ...]:
         """The output files of a finished shard."""

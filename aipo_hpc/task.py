@@ -56,6 +56,12 @@ class Task:
     earlier: tuple[Path, ...] = ()
     """Folders of earlier attempts at the same shard, oldest first; they may hold work to continue from."""
 
+    def advance(self) -> None:
+        """Note that this attempt got further than those before it: a failure after that is not held against the shard."""
+        path = self.out / ADVANCED
+        if not path.exists():
+            path.touch()
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -86,5 +92,8 @@ class Place:
         values = dataclasses.astuple(self)
         return {key: str(value) for key, value in zip(_PLACE, values, strict=True)}
 
+
+ADVANCED = "advanced"
+"""The file in an attempt's folder that tells, whatever becomes of the attempt, that it got further than those before it."""
 
 _PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

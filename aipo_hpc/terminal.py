@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from aipo_hpc.graph import Graph
+from aipo_hpc.plan import next_retry
 from aipo_hpc.reconcile import Decision, View
 from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
@@ -61,13 +62,14 @@ def job_table(graph: Graph, run: Run, alive: Mapping[str, Mapping[int, bool]]) -
         done = run.job(name).done(graph.fingerprints[name])
         living = alive.get(name, {})
         running = sum(living.values())
+        missing = set(range(job.num_shards)) - set(done) - set(living)
         failed = len(run.job(name).failures())
         table.add_row(
             name,
             str(job.num_shards),
             str(len(done)),
             str(running or ""),
-            str(len(living) - running or ""),
+            " ".join(filter(None, (str(len(living) - running or ""), next_retry(job, run, missing)))),
             str(failed or ""),
             str(sum(sentinel.rows for sentinel in done.values())) if done else "",
             f"{sum(sentinel.ended - sentinel.started for sentinel in done.values()):.1f}" if done else "",

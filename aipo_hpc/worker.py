@@ -24,7 +24,7 @@ from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify
 from aipo_hpc.graph import STAGES
 from aipo_hpc.sentinel import Failure, Output, Sentinel
-from aipo_hpc.settings import from_plain
+from aipo_hpc.settings import from_plain, with_smaller_batches
 from aipo_hpc.store import JobFolder, Run
 from aipo_hpc.task import Input, Outcome, Place, Task
 
@@ -39,6 +39,8 @@ class Envelope:
     submission: str
     index: int
     fence: int
+    batch_divisor: int = 1
+    """By how much the stage's batches are smaller than the recipe says, after it ran out of memory."""
 
     @property
     def attempt(self) -> str:
@@ -48,12 +50,14 @@ class Envelope:
     def run(self) -> None:
         """Execute the shard; a failure is recorded and raised."""
         run = Run(Path(self.run_dir))
+        started = time.time()
         place = Place()
         try:
             place = gang.join()
             execute(run, self, place)
         except Exception as error:
-            run.job(self.job).record_failure(
+            folder = run.job(self.job)
+            folder.record_failure(
                 Failure(
                     job=self.job,
                     shard=self.shard,
@@ -63,8 +67,11 @@ class Envelope:
                     message=f"{type(error).__name__}: {error}",
                     traceback=traceback.format_exc()[-8000:],
                     host=platform.node(),
-                    log=log_path(run.job(self.job), place),
+                    log=log_path(folder, place),
                     time=time.time(),
+                    node=os.environ.get("SLURMD_NODENAME", ""),
+                    seconds=time.time() - started,
+                    progressed=folder.advanced(self.shard, f"{self.submission}.{self.index}"),
                 )
             )
             raise
@@ -84,7 +91,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     out, earlier = folder.begin_attempt(envelope.shard, envelope.attempt)
     use_private_caches()
     stage = STAGES[job["stage"]]
-    config = from_plain(stage.config, job["settings"])
+    config = with_smaller_batches(from_plain(stage.config, job["settings"]), envelope.batch_divisor)
     if (resources := getattr(config, "resources", None)) is not None:
         # Libraries take one thread per core of the machine, also where only a few of them are this task's.
         os.environ.setdefault("OMP_NUM_THREADS", str(resources.cpus_per_task))
@@ -172,7 +179,14 @@ def describe(out: Path, name: str) -> Output:
 
 def scheduler_ids() -> dict[str, str]:
     """Slurm's ids of this task, or submitit's pid of a local one."""
-    names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_JOB_NODELIST",
+        "SLURMD_NODENAME",
+    )
     return {name.lower(): os.environ[name] for name in (*names, "SUBMITIT_LOCAL_JOB_ID") if name in os.environ}
 
 

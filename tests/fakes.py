@@ -23,7 +23,7 @@ from aipo_hpc.reconcile import Decision, View
 from aipo_hpc.record import job_record
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Output, Sentinel
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.store import Run
 from aipo_hpc.task import Outcome, Task
 
@@ -42,6 +42,8 @@ class TouchConfig:
     """It waits while this file is there."""
     fail: str = tuning("")
     """It raises what this file names (an exception's name and message), while the file is there."""
+    width: int = memory_bound(8)
+    """What is lowered when memory ran out; each attempt writes it down."""
     resources: Resources = tuning(Resources())
 
 
@@ -50,6 +52,7 @@ def run(config: TouchConfig, task: Task) -> Outcome:
     if config.executions:
         with Path(config.executions).open("a") as file:
             file.write(f"{task.job} {task.shard}\n")
+    (task.out / "width").write_text(str(config.width))
     while config.hold and Path(config.hold).exists():
         time.sleep(0.02)
     if config.fail and Path(config.fail).exists():

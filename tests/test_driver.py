@@ -289,9 +289,9 @@ def test_a_lease_lost_between_the_intent_and_the_submission_stops_it(
 ) -> None:
     intend = Journal.intend
 
-    def intend_while_another_takes_over(journal: Journal, *given: Any) -> Submission:
+    def intend_while_another_takes_over(journal: Journal, *given: Any, **named: Any) -> Submission:
         another_takes_over(run)
-        return intend(journal, *given)
+        return intend(journal, *given, **named)
 
     monkeypatch.setattr(Journal, "intend", intend_while_another_takes_over)
     cluster = ScriptedCluster()

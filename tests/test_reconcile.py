@@ -8,7 +8,7 @@ import pytest
 from fakes import SLURM_LIKE, TouchConfig, chain, touch
 
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
-from aipo_hpc.failures import KINDS
+from aipo_hpc.failures import FAST, KINDS, Adjustment
 from aipo_hpc.graph import Graph, make_graph
 from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, reconcile
 from aipo_hpc.resources import Resources
@@ -170,11 +170,30 @@ def test_nothing_is_sent_in_the_look_that_records_a_failure() -> None:
     assert len(decision.record) == 1 and decision.submit == () and not decision.stuck
 
 
-def test_an_element_with_a_recorded_failure_is_over_whatever_the_scheduler_says() -> None:
+def test_an_element_whose_failure_was_recorded_for_the_scheduler_is_over_whatever_it_says_later() -> None:
     array = sent("s-1", A, ALL)
-    failures = {A: [failed(2, "error", "s-1.2.r0")]}
+    failures = {A: [failed(2, "error", "s-1.2.driver")]}
     decision = decide(chain(), submissions=(array,), states=all_of(array, RUNS), failures=failures)
     assert Submit(A, (2,)) in decision.submit and decision.record == ()
+
+
+def test_a_task_that_said_why_it_failed_is_only_replaced_once_the_scheduler_calls_it_over() -> None:
+    """It may be on its way out, or have been requeued: a second one beside it would do its work twice."""
+    array = sent("s-1", A, (2,))
+    failures = {A: [failed(2, "error", "s-1.0.r0")]}
+    for state, queried, replaced in (
+        (RUNS, NOW, False),
+        (WAITS, NOW, False),
+        (over("killed"), NOW - 50, False),
+        (over("killed"), NOW, True),
+        (ENDED, NOW, True),
+        (None, NOW, True),
+    ):
+        states = {} if state is None else all_of(array, state)
+        given = {"queried": queried, "failed_since": {("s-1", 0): NOW - 20}}
+        decision = decide(chain(), submissions=(array,), states=states, failures=failures, **given)
+        assert any(2 in submit.shards for submit in decision.submit if submit.job == A) == replaced
+        assert decision.record == () and not decision.stuck
 
 
 # -- overlap ---------------------------------------------------------------------------------------------------------
@@ -270,7 +289,7 @@ def test_a_shard_is_given_up_after_as_many_failures_as_its_class_tolerates(kind:
     tolerated = KINDS[kind].tolerated
     attempts = [failed(1, kind, f"s-{number}.1.r0") for number in range(tolerated + 1)]
     kept_on = decide(chain(), failures={A: attempts[:-1]})
-    assert kept_on.given_up == () and kept_on.submit == (Submit(A, (0, 1, 2, 3)),)
+    assert kept_on.given_up == () and sorted(sum((send.shards for send in kept_on.submit), ())) == [*ALL]
     ended = decide(chain(), failures={A: attempts})
     assert [(given.job, given.shard, given.failure.kind) for given in ended.given_up] == [(A, 1, kind)]
     assert ended.submit == (Submit(A, (0, 2, 3)),)
@@ -397,3 +416,49 @@ def test_an_array_that_waits_element_by_element_is_not_cut_to_the_room() -> None
     assert [each.job for each in decide(chain(), **given, room=4).submit] == [B]
     held = decide(chain(), **given, room=3)
     assert held.submit == () and held.held
+
+
+# -- trying again ----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_shard_waits_for_its_turn_without_holding_up_the_others_and_the_run_is_not_stuck() -> None:
+    failures = {A: [replace(failed(1, "error", "s-1.1.r0"), time=NOW - 1.5)]}
+    done = {A: {0, 2, 3}, B: {0, 2, 3}}
+    decision = decide(chain(), done=done, failures=failures)
+    assert decision.submit == () and not decision.stuck
+    assert decision.waiting == {A: {1: NOW + 0.5}}
+    later = decide(chain(), done=done, failures=failures, now=NOW + 0.5)
+    assert later.submit == (Submit(A, (1,)),) and later.waiting == {}
+
+
+def test_shards_that_ask_for_the_same_are_sent_together() -> None:
+    failures = {A: [failed(0, "out_of_memory", "s-1.0.r0"), failed(2, "out_of_memory", "s-1.2.r0")]}
+    larger = Adjustment(memory=1.5, batch=2)
+    expected = [Submit(A, (0, 2), adjustment=larger), Submit(A, (1, 3))]
+    assert sorted(decide(chain(), failures=failures).submit, key=lambda send: send.shards) == expected
+
+
+def test_a_bad_node_is_kept_off_by_all_that_is_sent_and_its_victims_are_tried_again() -> None:
+    on_n1 = {"node": "n1", "seconds": 2.0}
+    failures = {A: [replace(failed(shard, "user_error", f"s-1.{shard}.r0"), **on_n1) for shard in (0, 1, 2)]}
+    lonely = decide(chain(), failures=failures)
+    assert {given.shard for given in lonely.given_up} == {0, 1, 2} and lonely.bad_nodes == {}
+    decision = decide(chain(), failures=failures, done={A: {3}}, nodes={A: {"n2"}})
+    assert decision.given_up == () and decision.bad_nodes.keys() == {"n1"}
+    assert Submit(A, (0, 1, 2), adjustment=Adjustment(exclude=("n1",))) in decision.submit
+    assert all(send.adjustment.exclude == ("n1",) for send in decision.submit)
+
+
+def test_shards_that_run_elsewhere_for_long_speak_against_a_node_as_finished_ones_do() -> None:
+    failures = {A: [replace(failed(shard, "error", f"s-1.{shard}.r0"), node="n1", seconds=2.0) for shard in (0, 1, 2)]}
+    for seconds, bad in ((FAST + 1, {"n1"}), (FAST - 1, set())):
+        runs = {"s-2": {0: TaskState(alive=True, running=True, node="n2", seconds=seconds)}}
+        decision = decide(chain(), failures=failures, submissions=(sent("s-2", A, (3,)),), states=runs)
+        assert decision.bad_nodes.keys() == bad
+
+
+def test_the_record_of_a_silent_death_tells_the_node_and_how_long_it_ran() -> None:
+    state = TaskState(alive=False, kind="node_failure", detail="Slurm: NODE_FAIL", node="n3", seconds=70)
+    given = {"submissions": (sent("s-1", A, (0,)),), "states": {"s-1": {0: state}}, "over_since": {("s-1", 0): 0.0}}
+    (record,) = decide(chain(), **given).record
+    assert (record.node, record.seconds) == ("n3", 70)

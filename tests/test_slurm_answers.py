@@ -41,30 +41,30 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_of_our_name_but_with_another_id_is_not_ours() -> None:
-    lines = f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|None\n"
+    lines = f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|n1|None\n"
     assert list(parse_squeue(lines, {NAME: KNOWN})[NAME]) == [0]
-    told = f"{NAME}|12_0|2026-03-01T12:00:01|FAILED|00:00:10|1:0\n{NAME}|77_1|2026-03-01T12:00:01|FAILED|00:00:10|1:0\n"
+    told = f"{NAME}|12_0|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n{NAME}|77_1|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n"
     assert list(parse_sacct(told, {NAME: KNOWN})[NAME]) == [1]
 
 
 def test_an_id_of_ours_that_was_given_to_another_name_is_not_ours() -> None:
-    assert parse_squeue("else|77|2026-03-01T12:00:01|0|RUNNING|0:10|None", {NAME: KNOWN}) == {}
-    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|0:0", {NAME: KNOWN}) == {}
+    assert parse_squeue("else|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None", {NAME: KNOWN}) == {}
+    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|n1|0:0", {NAME: KNOWN}) == {}
 
 
 def test_a_submission_without_an_id_is_found_by_name_unless_the_job_is_older_than_its_intent() -> None:
     wanted = {NAME: UNKNOWN}
-    assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|Priority", wanted)[NAME][0].alive
+    assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|n1|Priority", wanted)[NAME][0].alive
     assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|Priority", wanted) == {}
     assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|0:0", wanted) == {}
 
 
 def test_clocks_that_differ_a_little_are_forgiven() -> None:
-    assert parse_squeue(f"{NAME}|5|2026-03-01T11:58:00|0|RUNNING|0:09|None", {NAME: UNKNOWN})
+    assert parse_squeue(f"{NAME}|5|2026-03-01T11:58:00|0|RUNNING|0:09|n1|None", {NAME: UNKNOWN})
 
 
 def test_a_reason_may_hold_the_separator() -> None:
-    state = parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|0|FAILED|0:09|a|b", {NAME: KNOWN})[NAME][0]
+    state = parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|0|FAILED|0:09|n1|a|b", {NAME: KNOWN})[NAME][0]
     assert state.detail == "Slurm: FAILED, a|b"
 
 
@@ -117,7 +117,7 @@ def test_a_client_command_that_is_limited_by_rate_is_an_answer_that_passes(site:
 
 
 def test_a_user_without_the_right_to_run_sacct_is_told_what_squeue_knows(site: Path) -> None:
-    stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|None'")
+    stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None'")
     stub(site, "sacct", "echo 'sacct: error: Access/permission denied' >&2; exit 1")
     assert list(SlurmCluster(SlurmConfig()).states([KNOWN])[NAME]) == [0], "what squeue forgot stays unknown"
 

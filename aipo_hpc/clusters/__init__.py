@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from aipo_hpc.failures import AS_ASKED, Adjustment
+
 if TYPE_CHECKING:
     from aipo_hpc.graph import Graph, Job
     from aipo_hpc.recipe import Recipe
@@ -34,6 +36,8 @@ class Submission:
     time: float
     id: str | None = None
     """The cluster's id; None while it is not known whether the cluster got it."""
+    adjustment: Adjustment = AS_ASKED
+    """What is asked for differently than the job's resources and settings say."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class TaskState:
     running: bool = False
     kind: str | None = None
     detail: str = ""
+    node: str = ""
+    """The node that it runs or ran on; of several, all of them."""
+    seconds: float | None = None
+    """How long it ran, as far as it is known."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ class InlineCluster:
     def submit(self, run: "Run", job: "Job", submission: Submission, after: Sequence[Submission]) -> str:
         """Run the shards; a failed one has recorded its failure, and the caller goes on."""
         for index, shard in enumerate(submission.shards):
-            envelope = worker.Envelope(str(run.path), job.name, shard, submission.name, index, submission.fence)
+            envelope = worker.Envelope(
+                str(run.path), job.name, shard, submission.name, index, submission.fence, submission.adjustment.batch
+            )
             try:
                 envelope.run()
             except Exception:  # noqa: BLE001, S112 - recorded by the worker; a driver survives its tasks

@@ -3,6 +3,7 @@
 The processes outlive the driver: one that is started again finds them by pid and start time, and adopts them.
 """
 
+import math
 import os
 import re
 import signal
@@ -89,13 +90,21 @@ class LocalCluster:
         folder = run.job(job.name).logs
         executor = submitit.LocalExecutor(folder=folder)
         executor.update_parameters(
-            timeout_min=job.resources.time,
+            timeout_min=math.ceil(job.resources.time * submission.adjustment.time),
             tasks_per_node=job.resources.tasks_per_node,
             gpus_per_node=len(mine),
             visible_gpus=mine,
             stderr_to_stdout=True,
         )
-        envelope = SubmititEnvelope(str(run.path), job.name, submission.shards[0], submission.name, 0, submission.fence)
+        envelope = SubmititEnvelope(
+            str(run.path),
+            job.name,
+            submission.shards[0],
+            submission.name,
+            0,
+            submission.fence,
+            submission.adjustment.batch,
+        )
         started = executor.submit(envelope)
         self._jobs[submission.name] = started
         pid = int(started.job_id)

@@ -5,6 +5,7 @@ one squeue per query, however many shards there are.
 """
 
 import getpass
+import math
 import os
 import re
 import subprocess
@@ -119,7 +120,9 @@ class SlurmCluster:
         executor = submitit.SlurmExecutor(folder=run.job(job.name).logs, python=self._config.python)
         executor.update_parameters(**self._parameters(job, submission, after))
         envelopes = [
-            SubmititEnvelope(str(run.path), job.name, shard, submission.name, index, submission.fence)
+            SubmititEnvelope(
+                str(run.path), job.name, shard, submission.name, index, submission.fence, submission.adjustment.batch
+            )
             for index, shard in enumerate(submission.shards)
         ]
         self.num_commands += 1
@@ -136,7 +139,8 @@ class SlurmCluster:
 
     def _parameters(self, job: "Job", submission: Submission, after: Sequence[Submission]) -> dict[str, object]:
         assert job.resources is not None
-        resources, config = job.resources, self._config
+        resources, config, adjustment = job.resources, self._config, submission.adjustment
+        exclude = [*([config.exclude] if config.exclude else []), *adjustment.exclude]
         additional = dict(config.sbatch_args)
         if after:
             kinds = {dependency.after: dependency.kind for dependency in submission.after}
@@ -150,13 +154,13 @@ class SlurmCluster:
             "ntasks_per_node": resources.tasks_per_node,
             "cpus_per_task": resources.cpus_per_task,
             "gpus_per_node": resources.gpus_per_node or None,
-            "mem": f"{int(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
-            "time": resources.time,
+            "mem": f"{int(resources.mem_gb * adjustment.memory * 1024)}MB" if resources.mem_gb else None,
+            "time": math.ceil(resources.time * adjustment.time),
             "partition": resources.partition or config.partition,
             "account": config.account,
             "qos": config.qos,
             "constraint": config.constraint,
-            "exclude": config.exclude,
+            "exclude": ",".join(exclude) or None,
             "setup": list(config.setup) or None,
             "srun_args": [*config.srun_args, *(["--kill-on-bad-exit=1"] if gang else [])],
             "array_parallelism": resources.array_parallelism,
@@ -178,7 +182,7 @@ class SlurmCluster:
                     "--array",
                     "--noheader",
                     "--states=all",
-                    "--format=%j|%F|%V|%K|%T|%M|%r",
+                    "--format=%j|%F|%V|%K|%T|%M|%N|%r",
                 ]
             ),
             wanted,
@@ -192,7 +196,7 @@ class SlurmCluster:
             names = ",".join(submission.name for submission in forgotten)
             try:
                 told = self._client(
-                    [*command, f"--name={names}", "--format=JobName,JobID,Submit,State,Elapsed,ExitCode"]
+                    [*command, f"--name={names}", "--format=JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode"]
                 )
             except ClusterError:
                 return states  # no accounting here: what squeue forgot stays unknown
@@ -259,30 +263,33 @@ def _passes(message: str) -> bool:
 
 
 def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|array index|state|time used|reason``."""
+    """Read lines of ``name|job id|submit time|array index|state|time used|nodes|reason``."""
     states: dict[str, dict[int, TaskState]] = {}
     for line in text.splitlines():
-        fields = line.strip().split("|", 6)
-        if len(fields) < 7 or not _is_ours(wanted.get(fields[0]), fields[1], fields[2]):
+        fields = line.strip().split("|", 7)
+        if len(fields) < 8 or not _is_ours(wanted.get(fields[0]), fields[1], fields[2]):
             continue
-        name, _, _, index, state, used, reason = fields
-        told = task_state(state, used in ("0:00", "INVALID"), wanted[name], reason)
+        name, _, _, index, state, used, nodes, reason = fields
+        told = task_state(state, seconds(used), wanted[name], reason, nodes)
         _tell(states.setdefault(name, {}), expand(index), told, wanted[name])
     return states
 
 
 def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|state|elapsed|exit code``; ids of waiting elements may be folded: 12_[3-5]."""
+    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code``.
+
+    Ids of waiting elements may be folded: 12_[3-5].
+    """
     states: dict[str, dict[int, TaskState]] = {}
     for line in text.splitlines():
         fields = line.strip().split("|")
-        if len(fields) < 6:
+        if len(fields) < 7:
             continue
-        name, job_id, submitted, state, elapsed, exit_code = fields[:6]
+        name, job_id, submitted, state, elapsed, nodes, exit_code = fields[:7]
         array, _, element = job_id.partition("_")
         if not _is_ours(wanted.get(name), array, submitted):
             continue
-        told = task_state(state, elapsed == "00:00:00", wanted[name], f"exit code {exit_code}")
+        told = task_state(state, seconds(elapsed), wanted[name], f"exit code {exit_code}", nodes)
         _tell(states.setdefault(name, {}), expand(element), told, wanted[name])
     return states
 
@@ -321,12 +328,22 @@ def expand(element: str) -> list[int]:
     return indices
 
 
-def task_state(state: str, never_ran: bool, submission: Submission, detail: str) -> TaskState:
-    """What a state of Slurm means to us; one that is not known as over counts as alive."""
+def seconds(used: str) -> int:
+    """Slurm's ``[days-][hours:]minutes:seconds`` in seconds; 0 for what is not a time."""
+    days, _, clock = used.rpartition("-")
+    parts = [days or "0", *["0"] * (2 - clock.count(":")), *clock.split(":")]
+    if len(parts) != 4 or not all(part.isdigit() for part in parts):
+        return 0
+    return ((int(parts[0]) * 24 + int(parts[1])) * 60 + int(parts[2])) * 60 + int(parts[3])
+
+
+def task_state(state: str, ran: int, submission: Submission, detail: str, nodes: str) -> TaskState:
+    """What a state of Slurm means to us, after it ``ran`` seconds; one that is not known as over counts as alive."""
     word = state.partition(" ")[0].rstrip("+")
+    node = "" if nodes == "None assigned" else nodes
     if word not in _OVER:
-        return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"))
+        return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"), node=node, seconds=ran)
     kind = _OVER[word]
-    if kind == "cancelled" and never_ran and submission.after:
+    if kind == "cancelled" and ran == 0 and submission.after:
         kind = "dependency"
-    return TaskState(alive=False, kind=kind, detail=f"Slurm: {state}, {detail}")
+    return TaskState(alive=False, kind=kind, detail=f"Slurm: {state}, {detail}", node=node, seconds=ran)

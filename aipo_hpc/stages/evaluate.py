@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from aipo_hpc.errors import DataError
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Responses, Verdict, read_rows, write_rows
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.task import Outcome, Task
 
 VERDICTS = "verdicts.parquet"
@@ -36,7 +36,7 @@ class EvaluateConfig:
     """Revision of the judge's model on the hub."""
     dtype: str = "float32"
     """Precision of the judge's arithmetic."""
-    tokens_per_batch: int = tuning(16384)
+    tokens_per_batch: int = memory_bound(16384)
     """Tokens the judge reads at once."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
 

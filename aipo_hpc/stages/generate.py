@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Prompt, Responses, read_rows
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GenerateConfig:
     """GPUs that hold one copy of the model (vllm)."""
     gpu_memory_utilization: float = tuning(0.9)
     """Share of the GPU's memory that vllm takes."""
-    max_num_seqs: int = tuning(256)
+    max_num_seqs: int = memory_bound(256)
     """Sequences that vllm decodes at once."""
     enforce_eager: bool = tuning(False)
     """Skip vllm's graph capture: starts faster, decodes slower."""

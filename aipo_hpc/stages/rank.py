@@ -11,7 +11,7 @@ from aipo_hpc.progress import ROWS, Progress
 from aipo_hpc.rankers import NOT_FINITE, Ranking, load_ranker
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Ranked, Responses, read_rows
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.task import Outcome, Task
 
 _PROMPTS_PER_CHUNK = 16
@@ -30,7 +30,7 @@ class RankConfig:
     """Branch, tag or commit of the checkpoint on the hub (None: its main branch)."""
     dtype: str = "float32"
     """Precision of the encoder: float32 (the reference), bfloat16 or float16 (faster, change some ranks)."""
-    tokens_per_batch: int | None = tuning(None)
+    tokens_per_batch: int | None = memory_bound(None, unset=2048)
     """Tokens of one forward pass, padding included (None: 2048 on a CPU, 16384 on a GPU)."""
     num_shards: int | None = None
     """Shards of the job (None: as many as generate, because rank shard i reads generate shard i)."""

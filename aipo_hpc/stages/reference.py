@@ -21,7 +21,7 @@ from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Pair, TrainRow, read_rows
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ReferenceConfig:
     """Shards that the pairs are divided into."""
     dtype: str = "bfloat16"
     """Number format the reference is loaded and run in: bfloat16 or float32. Use the one that training uses."""
-    tokens_per_batch: int = tuning(16384)
+    tokens_per_batch: int = memory_bound(16384)
     """Tokens of one forward pass, padding included; a pair longer than that is a batch of its own."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
     """What one shard asks the cluster for."""

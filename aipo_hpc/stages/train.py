@@ -23,7 +23,7 @@ from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.objectives import objective
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import TrainRow, read_rows
-from aipo_hpc.settings import tuning
+from aipo_hpc.settings import memory_bound, tuning
 from aipo_hpc.task import Outcome, Place, Task
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TrainConfig:
     """Passes over the pairs; fractions are allowed."""
     global_batch_size: int = 256
     """Pairs per optimizer step, over all processes and accumulated micro-batches."""
-    per_device_train_batch_size: int = tuning(2)
+    per_device_train_batch_size: int = memory_bound(2, divides=True)
     """Pairs per process and forward pass; must divide the global batch size together with the number of processes."""
     warmup_ratio: float = 0.1
     """Share of the steps in which the learning rate rises from 0."""
@@ -205,7 +205,7 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
         pairs_per_step=config.global_batch_size,
         metrics_path=task.out / trainer.METRICS,
     )
-    pair_trainer.add_callback(checkpoints.MarkComplete(shape))
+    pair_trainer.add_callback(checkpoints.MarkComplete(shape, task.advance))
     pair_trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     written = _write_model(config, pair_trainer, tokenizer, task.out)
     process_group.wait_for_all()
