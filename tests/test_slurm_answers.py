@@ -41,7 +41,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_of_our_name_but_with_another_id_is_not_ours() -> None:
-    lines = f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|n1|None\n"
+    lines = (
+        f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|n1|None\n"
+    )
     assert list(parse_squeue(lines, {NAME: KNOWN})[NAME]) == [0]
     told = f"{NAME}|12_0|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n{NAME}|77_1|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n"
     assert list(parse_sacct(told, {NAME: KNOWN})[NAME]) == [1]
