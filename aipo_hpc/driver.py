@@ -11,25 +11,24 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
+from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
-from aipo_hpc.failures import AS_ASKED, KINDS, Adjustment
+from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.reconcile import (
-    BY_DRIVER,
     Decision,
     Element,
     GivenUp,
     RecordFailure,
     Submit,
     View,
-    element_of,
     reconcile,
 )
-from aipo_hpc.sentinel import Failure, Sentinel
+from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
 
 Tell = Callable[[str], None]
@@ -146,7 +145,7 @@ class Driver:
             failures[name] = folder.failures()
         now = time.time()
         for failure in (failure for each in failures.values() for failure in each):
-            if (element := element_of(failure)) is not None:
+            if (element := failure.element) is not None:
                 self._failed_since.setdefault(element, now)
         return done, failures
 
@@ -156,12 +155,12 @@ class Driver:
         """Submissions of this graph with a shard that is neither done nor known to have failed and to be over."""
         over: set[Element] = set()
         for failure in (failure for each in failures.values() for failure in each):
-            element = element_of(failure)
+            element = failure.element
             if element is None:
                 continue
             state = self._states.get(element[0], {}).get(element[1])
             heard = self._queried >= self._failed_since[element] and not (state is not None and state.alive)
-            if heard or failure.attempt.endswith(BY_DRIVER):
+            if heard or failure.by_driver:
                 over.add(element)
         return [
             submission

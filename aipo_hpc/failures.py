@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from aipo_hpc.adjustment import Adjustment
 from aipo_hpc.durable import FULL
 from aipo_hpc.errors import DiskFull, InputNotVisible, UserError
 from aipo_hpc.sentinel import Failure
@@ -55,33 +56,6 @@ KINDS: Mapping[str, Kind] = {
 
 _NODES_FAULT = frozenset({"user_error", "disk_full", "error", "killed", "input_not_visible", "no_sentinel"})
 """What a node with a broken driver, disk or mount makes of every shard that is sent to it."""
-
-
-@dataclass(frozen=True)
-class Adjustment:
-    """What is asked for differently than the recipe says when a shard is tried again; never part of its content."""
-
-    memory: float = 1.0
-    """Times the memory."""
-    time: float = 1.0
-    """Times the wall time."""
-    batch: int = 1
-    """Divisor of the batch sizes that do not change results."""
-    exclude: tuple[str, ...] = ()
-    """Nodes to keep off."""
-
-    def __str__(self) -> str:
-        """In few words, empty if nothing is different."""
-        words = [
-            f"{self.memory:g} x the memory" if self.memory != 1 else "",
-            f"{self.time:g} x the time" if self.time != 1 else "",
-            f"1/{self.batch} of the batch" if self.batch != 1 else "",
-            f"not on {', '.join(self.exclude)}" if self.exclude else "",
-        ]
-        return ", ".join(filter(None, words))
-
-
-AS_ASKED = Adjustment()
 
 
 @dataclass(frozen=True)
@@ -169,11 +143,6 @@ def _adjustment(failures: Sequence[Failure]) -> Adjustment:
         batch=_SMALLER_BATCH**out_of_memory,
         exclude=tuple(sorted(blind)),
     )
-
-
-def keeping_off(adjustment: Adjustment, nodes: Iterable[str]) -> Adjustment:
-    """The adjustment that also keeps off these nodes."""
-    return replace(adjustment, exclude=tuple(sorted({*adjustment.exclude, *nodes})))
 
 
 def bad_nodes(

@@ -8,8 +8,8 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.clusters import Dependency, Submission
-from aipo_hpc.failures import AS_ASKED, Adjustment
 from aipo_hpc.store import Run
 
 

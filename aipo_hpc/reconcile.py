@@ -18,8 +18,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from aipo_hpc.adjustment import AS_ASKED, Adjustment, keeping_off
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
-from aipo_hpc.failures import AS_ASKED, FAST, KINDS, Adjustment, Standing, bad_nodes, keeping_off, standings
+from aipo_hpc.failures import FAST, KINDS, Standing, bad_nodes, standings
 from aipo_hpc.graph import Edge, Graph, Job
 from aipo_hpc.sentinel import Failure
 
@@ -28,16 +29,6 @@ LOST_AFTER = 60.0
 
 Element = tuple[str, int]
 """A submission's name and an index in it."""
-
-
-BY_DRIVER = ".driver"
-"""How the attempt of a failure ends that the driver recorded, because the scheduler had said that the element is over."""
-
-
-def element_of(failure: Failure) -> Element | None:
-    """The element that failed; None for one that was started by hand."""
-    name, _, index = failure.attempt.rpartition(".")[0].rpartition(".")
-    return (name, int(index)) if index.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -215,8 +206,8 @@ def _over(failures: Iterable[Failure]) -> dict[Element, bool]:
     """Elements with a recorded failure; True if the driver recorded it, because the scheduler had said that it is over."""
     found: dict[tuple[str, int], bool] = {}
     for failure in failures:
-        if (element := element_of(failure)) is not None:
-            found[element] = found.get(element, False) or failure.attempt.endswith(BY_DRIVER)
+        if (element := failure.element) is not None:
+            found[element] = found.get(element, False) or failure.by_driver
     return found
 
 

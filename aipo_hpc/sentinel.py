@@ -76,6 +76,10 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
+BY_DRIVER = ".driver"
+"""How the attempt of a failure ends that was recorded by the driver, in the name of a task that died without a word."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """One failed attempt at a shard. ``kind`` is a class of ``aipo_hpc.failures``."""
@@ -96,3 +100,14 @@ class Failure:
     """How long the attempt had run, as far as it is known."""
     progressed: bool = False
     """Whether the attempt got further than those before it."""
+
+    @property
+    def element(self) -> tuple[str, int] | None:
+        """The submission's name and the index in it; None for an attempt that was started by hand."""
+        name, _, index = self.attempt.rpartition(".")[0].rpartition(".")
+        return (name, int(index)) if index.isdecimal() else None
+
+    @property
+    def by_driver(self) -> bool:
+        """Whether the driver recorded it, because the scheduler had said that the element is over."""
+        return self.attempt.endswith(BY_DRIVER)

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.errors import ClusterError, DataError, DiskFull, InputNotVisible
 from aipo_hpc.failures import (
-    AS_ASKED,
     FAST,
     KINDS,
     LONGEST_BACKOFF,
-    Adjustment,
     backoff,
     bad_nodes,
     classify,

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from fakes import SLURM_LIKE, TouchConfig, chain, touch
 
+from aipo_hpc.adjustment import Adjustment
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
-from aipo_hpc.failures import FAST, KINDS, Adjustment
+from aipo_hpc.failures import FAST, KINDS
 from aipo_hpc.graph import Graph, make_graph
 from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, reconcile
 from aipo_hpc.resources import Resources

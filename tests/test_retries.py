@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from fakes import Clock, ScriptedCluster, TouchConfig, chain, driven, execute, touch, write_run
 
+from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.clusters import TaskState
 from aipo_hpc.clusters.inline import InlineCluster
 from aipo_hpc.errors import SubmitRefused
-from aipo_hpc.failures import AS_ASKED, Adjustment
 from aipo_hpc.graph import Graph, make_graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.plan import plan_table

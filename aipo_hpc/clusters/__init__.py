@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from aipo_hpc.failures import AS_ASKED, Adjustment
+from aipo_hpc.adjustment import AS_ASKED, Adjustment
 
 if TYPE_CHECKING:
     from aipo_hpc.graph import Graph, Job
