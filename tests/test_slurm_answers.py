@@ -57,8 +57,8 @@ def test_an_id_of_ours_that_was_given_to_another_name_is_not_ours() -> None:
 def test_a_submission_without_an_id_is_found_by_name_unless_the_job_is_older_than_its_intent() -> None:
     wanted = {NAME: UNKNOWN}
     assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|n1|Priority", wanted)[NAME][0].alive
-    assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|Priority", wanted) == {}
-    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|0:0", wanted) == {}
+    assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|n1|Priority", wanted) == {}
+    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|n1|0:0", wanted) == {}
 
 
 def test_clocks_that_differ_a_little_are_forgiven() -> None:
