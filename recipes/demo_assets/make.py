@@ -8,8 +8,9 @@
                                                     something for preference optimization to do
     corpus    -> ranker/                            a PairRM taught which of two answers is the better one
 
-Same seed, same number of threads and same machine: same bytes. Another processor or another torch rounds differently,
-so there the weights differ in their last digits and the figures slightly. It takes about six minutes of one core; models
+The text is the same bytes every time. The ranker is not: the trainer of its Unigram vocabulary gives another one in every
+process (with one thread, too), and so other weights. The policy was the same bytes in a short training made twice on one
+machine; another processor or another torch rounds differently. It takes about six minutes of one core; models
 this small gain nothing from more threads, which only wait for each other on a busy machine.
 """
 
