@@ -37,8 +37,8 @@ WAITING = replace(ARRAY, after=(Dependency("aipo-cafe-6", "aftercorr"),))
     ],
 )  # fmt: skip
 def test_words_for_what_is_over_are_classes_of_failure(word: str, kind: str | None) -> None:
-    state = task_state(word, False, ARRAY, "exit code 1:0")
-    assert state == TaskState(alive=False, kind=kind, detail=f"Slurm: {word}, exit code 1:0")
+    state = task_state(word, 62, ARRAY, "exit code 1:0", "n1")
+    assert state == TaskState(alive=False, kind=kind, detail=f"Slurm: {word}, exit code 1:0", node="n1", seconds=62)
 
 
 @pytest.mark.parametrize(
@@ -47,18 +47,18 @@ def test_words_for_what_is_over_are_classes_of_failure(word: str, kind: str | No
      "SIGNALING", "RESV_DEL_HOLD", "UNKNOWN", "SOMETHING_NEW", ""],
 )  # fmt: skip
 def test_any_other_word_means_neither_success_nor_failure(word: str) -> None:
-    assert task_state(word, False, ARRAY, "") == TaskState(alive=True, running=False)
+    assert task_state(word, 62, ARRAY, "", "n1") == TaskState(alive=True, running=False, node="n1", seconds=62)
 
 
 @pytest.mark.parametrize("word", ["RUNNING", "COMPLETING"])
 def test_what_runs_is_told_from_what_waits(word: str) -> None:
-    assert task_state(word, False, ARRAY, "") == TaskState(alive=True, running=True)
+    assert task_state(word, 62, ARRAY, "", "n1") == TaskState(alive=True, running=True, node="n1", seconds=62)
 
 
 def test_what_is_cancelled_before_it_ran_because_its_input_failed_is_no_failure_of_its_own() -> None:
-    assert task_state("CANCELLED", True, WAITING, "").kind == "dependency"
-    assert task_state("CANCELLED", False, WAITING, "").kind == "cancelled", "it ran: somebody cancelled it"
-    assert task_state("CANCELLED", True, ARRAY, "").kind == "cancelled", "it waited for nothing"
+    assert task_state("CANCELLED", 0, WAITING, "", "").kind == "dependency"
+    assert task_state("CANCELLED", 9, WAITING, "", "n1").kind == "cancelled", "it ran: somebody cancelled it"
+    assert task_state("CANCELLED", 0, ARRAY, "", "").kind == "cancelled", "it waited for nothing"
 
 
 @pytest.mark.parametrize(
@@ -72,48 +72,48 @@ def test_folded_array_ids_are_unfolded(folded: str, indices: list[int]) -> None:
 
 def test_lines_of_squeue_become_states_of_elements() -> None:
     text = (
-        f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|1:02|None\n"
-        f"{NAME}|77|2026-03-01T12:00:01|1|PENDING|0:00|Dependency\n"
-        f"{NAME}|77|2026-03-01T12:00:01|2|FAILED|0:09|NonZeroExitCode\n"
-        "somebody|78|2026-03-01T12:00:01|N/A|RUNNING|9:00|None\n"
+        f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|1:02|n1|None\n"
+        f"{NAME}|77|2026-03-01T12:00:01|1|PENDING|0:00|n1|Dependency\n"
+        f"{NAME}|77|2026-03-01T12:00:01|2|FAILED|0:09|n1|NonZeroExitCode\n"
+        "somebody|78|2026-03-01T12:00:01|N/A|RUNNING|9:00|n1|None\n"
         "a broken line\n\n"
     )
     assert parse_squeue(text, {NAME: ARRAY}) == {
         NAME: {
-            0: TaskState(alive=True, running=True),
-            1: TaskState(alive=True),
-            2: TaskState(alive=False, kind="killed", detail="Slurm: FAILED, NonZeroExitCode"),
+            0: TaskState(alive=True, running=True, node="n1", seconds=62),
+            1: TaskState(alive=True, node="n1", seconds=0),
+            2: TaskState(alive=False, kind="killed", detail="Slurm: FAILED, NonZeroExitCode", node="n1", seconds=9),
         }
     }
 
 
 def test_a_job_that_is_no_array_is_element_0() -> None:
     wanted = {NAME: replace(ARRAY, shards=(5,))}
-    assert list(parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|N/A|RUNNING|1:02|None\n", wanted)[NAME]) == [0]
-    assert list(parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|FAILED|00:01:00|1:0\n", wanted)[NAME]) == [0]
+    assert list(parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|N/A|RUNNING|1:02|n1|None\n", wanted)[NAME]) == [0]
+    assert list(parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|FAILED|00:01:00|n1|1:0\n", wanted)[NAME]) == [0]
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_an_array_that_was_cancelled_as_a_whole_is_told_by_one_line_for_what_has_none_of_its_own(first: bool) -> None:
-    whole = f"{NAME}|77|2026-03-01T12:00:01|N/A|CANCELLED|0:00|None\n"
-    own = f"{NAME}|77|2026-03-01T12:00:01|1|COMPLETED|0:09|None\n"
+    whole = f"{NAME}|77|2026-03-01T12:00:01|N/A|CANCELLED|0:00|n1|None\n"
+    own = f"{NAME}|77|2026-03-01T12:00:01|1|COMPLETED|0:09|n1|None\n"
     told = parse_squeue(own + whole if first else own, {NAME: ARRAY})[NAME]
     assert {index: state.kind for index, state in told.items()} == (
         {0: "cancelled", 1: None, 2: "cancelled"} if first else {1: None}
     )
-    told = parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|CANCELLED by 0|00:00:00|0:0\n", {NAME: WAITING})[NAME]
+    told = parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|CANCELLED by 0|00:00:00|n1|0:0\n", {NAME: WAITING})[NAME]
     assert [state.kind for state in told.values()] == ["dependency"] * 3
 
 
 def test_lines_of_sacct_become_states_of_elements() -> None:
     text = (
-        f"{NAME}|77_0|2026-03-01T12:00:01|COMPLETED|00:01:00|0:0\n"
-        f"{NAME}|77_[1-2%1]|2026-03-01T12:00:01|PENDING|00:00:00|0:0\n"
-        "somebody|78|2026-03-01T12:00:01|COMPLETED|00:01:00|0:0\n"
+        f"{NAME}|77_0|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0\n"
+        f"{NAME}|77_[1-2%1]|2026-03-01T12:00:01|PENDING|00:00:00|n1|0:0\n"
+        "somebody|78|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0\n"
         "short|line\n"
     )
-    waits = TaskState(alive=True)
-    done = TaskState(alive=False, kind=None, detail="Slurm: COMPLETED, exit code 0:0")
+    waits = TaskState(alive=True, node="n1", seconds=0)
+    done = TaskState(alive=False, kind=None, detail="Slurm: COMPLETED, exit code 0:0", node="n1", seconds=60)
     assert parse_sacct(text, {NAME: ARRAY}) == {NAME: {0: done, 1: waits, 2: waits}}
 
 
