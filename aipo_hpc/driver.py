@@ -14,6 +14,7 @@ from pathlib import Path
 from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
+from aipo_hpc.damage import Inspector
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
 from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
@@ -30,6 +31,7 @@ from aipo_hpc.reconcile import (
 )
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
+from aipo_hpc.worker import Envelope
 
 Tell = Callable[[str], None]
 Show = Callable[[Decision, View], None]
@@ -64,6 +66,7 @@ class Driver:
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
         self._over_since: dict[Element, float] = {}
+        self._inspector = Inspector(run, graph)
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
@@ -86,6 +89,8 @@ class Driver:
         """One look, one decision, and its execution. Raises RunFailed if another driver has taken over."""
         view = self.look()
         self._check_lease()
+        if self._retract_damaged(view):
+            view = self.look()
         decision = reconcile(self._graph, view, self._cluster.limits)
         for record in decision.record:
             self._record(record)
@@ -172,6 +177,32 @@ class Driver:
             )
         ]
 
+    def _retract_damaged(self, view: View) -> bool:
+        """Have finished shards that workers found damaged, and that are so from here too, made again."""
+        damaged = self._inspector.look(view.failures)
+        for each in damaged:
+            folder = self._run.job(each.job)
+            message = f"finished, but {each.message}"
+            # Recorded first: that the attempt failed is what has the shard sent again, and counts.
+            folder.record_failure(
+                Failure(
+                    job=each.job,
+                    shard=each.shard,
+                    attempt=each.attempt,
+                    fence=self._journal.fence,
+                    kind="damaged",
+                    message=message,
+                    host=platform.node(),
+                    time=time.time(),
+                )
+            )
+            folder.retract(each.shard)
+            self._journal.note("retract", job=each.job, shard=each.shard, message=message)
+            self._tell(f"{each.job} shard {each.shard}: {message}; it is computed again")
+        if damaged:
+            run_here(self._run, self._graph, self._journal, self._tell)
+        return bool(damaged)
+
     def _tell_reports(self) -> None:
         for name in self._graph.jobs:
             folder = self._run.job(name)
@@ -251,6 +282,23 @@ class Driver:
 def _nodes(sentinels: Iterable[Sentinel]) -> AbstractSet[str]:
     """The nodes that these shards were finished on, as the scheduler calls them."""
     return {each.scheduler["slurmd_nodename"] for each in sentinels if "slurmd_nodename" in each.scheduler}
+
+
+def run_here(run: Run, graph: Graph, journal: Journal, tell: Tell) -> None:
+    """Do the jobs that belong to the launch itself (reading the prompts), as far as they are not done."""
+    for job in graph.jobs.values():
+        if job.resources is not None:
+            continue
+        folder = run.job(job.name)
+        done = folder.done(graph.fingerprints[job.name])
+        while folder.reports:
+            report = folder.reports.pop(0)
+            tell(report)
+            journal.note("report", message=report)
+        for shard in range(job.num_shards):
+            if shard not in done:
+                tell(f"{job.name}: reading")
+                Envelope(str(run.path), job.name, shard, f"launch-{journal.fence}", shard, journal.fence).run()
 
 
 def explain(run: Run, given_up: tuple[GivenUp, ...]) -> str:

@@ -17,6 +17,11 @@
 Each message says what, where, and what to do next.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aipo_hpc.sentinel import Blame
+
 
 class AipoError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -59,7 +64,11 @@ class NoRoom(ClusterError):
 
 
 class InputNotVisible(AipoError):
-    """A finished input's files cannot be seen from this node within the bounded wait."""
+    """A finished input's files cannot be seen from this node within the bounded wait. ``blames`` names its shards."""
+
+    def __init__(self, message: str, blames: "tuple[Blame, ...]" = ()) -> None:
+        super().__init__(message)
+        self.blames = blames
 
 
 class DiskFull(AipoError):

@@ -49,6 +49,7 @@ KINDS: Mapping[str, Kind] = {
     "preempted": Kind(100, "use a partition or QOS that is not preempted"),
     "cancelled": Kind(3, "somebody cancelled it; type the same command again to go on", 5),
     "input_not_visible": Kind(5, "the shared file system does not show a finished input on that node"),
+    "damaged": Kind(3, "its finished files were altered or removed: does something else write to the run directory?"),
     "dependency": Kind(1000, "its input failed"),
     "no_sentinel": Kind(2, "it ended well but left no proof of its work: is run_dir shared between all nodes?", 5),
     "lost": Kind(3, "the scheduler does not know it any more", 5),

@@ -12,7 +12,7 @@ from aipo_hpc import settings
 from aipo_hpc.arguments import parse_recipe
 from aipo_hpc.clusters import Cluster, make_cluster
 from aipo_hpc.drift import refuse_drift
-from aipo_hpc.driver import Cancelled, Driver
+from aipo_hpc.driver import Cancelled, Driver, run_here
 from aipo_hpc.errors import AipoError, RunError, UserError
 from aipo_hpc.graph import Graph, build_graph
 from aipo_hpc.journal import Journal
@@ -23,7 +23,6 @@ from aipo_hpc.record import job_record
 from aipo_hpc.report import print_report
 from aipo_hpc.store import Run
 from aipo_hpc.terminal import Screen
-from aipo_hpc.worker import Envelope
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +63,8 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
         journal.launch(cluster=recipe.cluster, drive=recipe.drive)
         for job in graph.jobs.values():
             run.job(job.name).create(job_record(graph, job, recipe.payload_timeout))
-        run_here(run, graph, journal, screen)
+        # Here and now, so that what is wrong with the prompts is told before anything is submitted.
+        run_here(run, graph, journal, screen.tell)
         if cluster is None:
             screen.tell(f"prepared {run.path}; nothing was submitted")
             return run
@@ -91,23 +91,6 @@ def check_run(run: Run, recipe: Recipe, graph: Graph) -> str:
         )
     refuse_drift(run, graph)
     return str(written["run_id"])
-
-
-def run_here(run: Run, graph: Graph, journal: Journal, screen: Screen) -> None:
-    """Do the jobs that belong to the launch itself (reading the prompts), so that their errors come before submissions."""
-    for job in graph.jobs.values():
-        if job.resources is not None:
-            continue
-        folder = run.job(job.name)
-        done = folder.done(graph.fingerprints[job.name])
-        while folder.reports:
-            report = folder.reports.pop(0)
-            screen.tell(report)
-            journal.note("report", message=report)
-        for shard in range(job.num_shards):
-            if shard not in done:
-                screen.tell(f"{job.name}: reading")
-                Envelope(str(run.path), job.name, shard, f"launch-{journal.fence}", shard, journal.fence).run()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from aipo_hpc.adjustment import AS_ASKED, Adjustment, keeping_off
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
+from aipo_hpc.damage import answerable
 from aipo_hpc.failures import FAST, KINDS, Standing, bad_nodes, standings
 from aipo_hpc.graph import Edge, Graph, Job
 from aipo_hpc.sentinel import Failure
@@ -118,8 +119,9 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
     alive, record = _living(view, limits)
     jobs = [job for job in graph.jobs.values() if job.resources is not None]
-    bad = bad_nodes(view.failures, _good_nodes(view), view.fence)
-    standing = {job.name: standings(view.failures.get(job.name, ()), view.fence, bad) for job in jobs}
+    held = answerable(view.failures)
+    bad = bad_nodes(held, _good_nodes(view), view.fence)
+    standing = {job.name: standings(held.get(job.name, ()), view.fence, bad) for job in jobs}
     given_up = [given for job in jobs for given in _given_up(job, standing[job.name], view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
     submit: list[Submit] = []

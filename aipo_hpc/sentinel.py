@@ -81,6 +81,15 @@ BY_DRIVER = ".driver"
 
 
 @dataclass(frozen=True)
+class Blame:
+    """A finished shard that a worker could not read, and the digest of the sentinel it went by (none: it saw none)."""
+
+    job: str
+    shard: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Failure:
     """One failed attempt at a shard. ``kind`` is a class of ``aipo_hpc.failures``."""
 
@@ -100,6 +109,8 @@ class Failure:
     """How long the attempt had run, as far as it is known."""
     progressed: bool = False
     """Whether the attempt got further than those before it."""
+    blames: tuple[Blame, ...] = ()
+    """Finished inputs that the attempt waited for in vain."""
 
     @property
     def element(self) -> tuple[str, int] | None:
@@ -111,3 +122,10 @@ class Failure:
     def by_driver(self) -> bool:
         """Whether the driver recorded it, because the scheduler had said that the element is over."""
         return self.attempt.endswith(BY_DRIVER)
+
+    @staticmethod
+    def from_json(text: str) -> "Failure":
+        """Parse; raises ValueError or TypeError for anything that is not a whole record."""
+        fields = json.loads(text)
+        fields["blames"] = tuple(Blame(**blame) for blame in fields.get("blames", ()))
+        return Failure(**fields)

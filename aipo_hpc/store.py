@@ -45,7 +45,7 @@ from aipo_hpc.durable import (
     write_synced,
 )
 from aipo_hpc.errors import InputNotVisible, RunError
-from aipo_hpc.sentinel import Failure, Sentinel
+from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.task import ADVANCED
 
 RECIPE = "recipe.json"
@@ -79,7 +79,8 @@ class JobFolder:
         with full_disk_named(self.path):
             for folder in (_SHARDS, _DONE, _FAILED, _LOGS):
                 (self.path / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_durably(self.path / _JOB, json.dumps(job, indent=1) + "\n")
+        if self.read_job() != job:  # a file that stays is never seen half old and half new
+            write_durably(self.path / _JOB, json.dumps(job, indent=1) + "\n")
 
     def read_job(self) -> dict[str, Any] | None:
         """job.json, or None if it is not there or not whole."""
@@ -152,6 +153,7 @@ class JobFolder:
                 try:
                     standing = self._parse(name, final.read_bytes())
                 except FileNotFoundError:
+                    time.sleep(0.1)  # retracted just now, or another node's and not to be opened here yet
                     continue
                 except ValueError:
                     self._set_aside(final)
@@ -206,34 +208,48 @@ class JobFolder:
         folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
         return tuple(folder / output.path for output in sentinel.outputs)
 
-    def wait_for_payload(self, sentinel: Sentinel, part: str, timeout: float) -> tuple[Path, ...]:
+    def wait_for_payload(
+        self, sentinel: Sentinel, part: str, timeout: float, deadline: float | None = None
+    ) -> tuple[Path, ...]:
         """The output files of ``part`` (a file, or a folder/), once each is visible here with its size and hash.
 
-        Waits, refreshing by listing the parent folder, at most ``timeout`` seconds; then raises InputNotVisible.
+        Waits, refreshing by listing the parent folder, at most ``timeout`` seconds (from when the caller began, if it
+        says until when on the monotonic clock); then raises InputNotVisible.
         """
-        folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout if deadline is None else deadline
         found: list[Path] = []
         for output in sentinel.outputs:
             if output.path != part and not (part.endswith("/") and output.path.startswith(part)):
                 continue
-            path = folder / output.path
-            while (size := visible_size(path)) != output.bytes:
-                if time.monotonic() > deadline:
-                    seen = "not there" if size is None else f"{size} bytes"
+            path = self.attempt_folder(sentinel.shard, sentinel.attempt) / output.path
+            while True:
+                began = time.monotonic()
+                seen = wrong_with(path, output)
+                if seen is None:
+                    break
+                now = time.monotonic()
+                if now > deadline:
                     raise InputNotVisible(
                         f"{path}: the sentinel of {self.name} shard {sentinel.shard} states {output.bytes} bytes, but on "
-                        f"{os.uname().nodename} it is {seen} after {timeout:g} s. If the file is gone or altered for good, "
-                        f"type: python -m aipo_hpc reset <run> {self.name}"
+                        f"{os.uname().nodename} it is {seen} after {timeout:g} s. If the driver sees the same, it has the "
+                        "shard computed again.",
+                        (Blame(self.name, sentinel.shard, sentinel.digest),),
                     )
-                time.sleep(0.2)
-            if hash_file(path) != output.sha256:
-                raise InputNotVisible(
-                    f"{path}: content differs from what the sentinel of {self.name} shard {sentinel.shard} states. "
-                    f"To compute it again, type: python -m aipo_hpc reset <run> {self.name}"
-                )
+                time.sleep(max(0.2, now - began))  # hashing a large file takes its time
             found.append(path)
         return tuple(found)
+
+    def damage(self, sentinel: Sentinel) -> str | None:
+        """What is wrong with the payload of a finished shard, as this node sees it now; None if it is whole."""
+        folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
+        for output in sentinel.outputs:
+            if (seen := wrong_with(folder / output.path, output)) is not None:
+                return f"{folder / output.path} is {seen}"
+        return None
+
+    def forget(self, shard: int) -> Sentinel | None:
+        """Read a shard's sentinel anew at the next look; returns what was remembered of it."""
+        return self._sentinels.pop(f"{shard:05d}.json", None)
 
     def logs_of(self, sentinel: Sentinel) -> list[Path]:
         """What the processes of a finished shard printed."""
@@ -251,9 +267,8 @@ class JobFolder:
         for name in list_names(self.path / _FAILED):
             if name in self._failures or name.startswith("."):
                 continue
-            with suppress(OSError, ValueError, TypeError):
-                record = json.loads((self.path / _FAILED / name).read_text(encoding="utf-8"))
-                self._failures[name] = Failure(**record)
+            with suppress(OSError, ValueError, TypeError, AttributeError):
+                self._failures[name] = Failure.from_json((self.path / _FAILED / name).read_text(encoding="utf-8"))
         return sorted(self._failures.values(), key=lambda failure: failure.time)
 
     def record_failure(self, failure: Failure) -> Path:
@@ -371,6 +386,19 @@ class Run:
                 sync_folder((self.path / name).parent)
             self._jobs.pop(name, None)
         return target
+
+
+def wrong_with(path: Path, output: Output) -> str | None:
+    """What a file is instead of what its sentinel states, as seen from this node; None if it is that."""
+    size = visible_size(path)
+    if size is None:
+        return "not there"
+    if size != output.bytes:
+        return f"{size} bytes"
+    try:
+        return None if hash_file(path) == output.sha256 else "of other content"
+    except FileNotFoundError:
+        return "not there"
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:

@@ -23,7 +23,7 @@ from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify
 from aipo_hpc.graph import STAGES
-from aipo_hpc.sentinel import Failure, Output, Sentinel
+from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain, with_smaller_batches
 from aipo_hpc.store import JobFolder, Run
 from aipo_hpc.task import Input, Outcome, Place, Task
@@ -72,6 +72,7 @@ class Envelope:
                     node=os.environ.get("SLURMD_NODENAME", ""),
                     seconds=time.time() - started,
                     progressed=folder.advanced(self.shard, f"{self.submission}.{self.index}"),
+                    blames=error.blames if isinstance(error, InputNotVisible) else (),
                 )
             )
             raise
@@ -145,9 +146,7 @@ def resolve_inputs(run: Run, job: Mapping[str, Any], shard: int) -> tuple[dict[s
         needed = [shard] if source["by"] == "shard" else list(range(source["num_shards"]))
         upstream = run.job(source["job"])
         sentinels = wait_for_sentinels(upstream, source["fingerprint"], needed, timeout)
-        inputs[name] = Input(
-            shards={each: upstream.wait_for_payload(sentinels[each], source["part"], timeout) for each in needed}
-        )
+        inputs[name] = Input(shards=wait_for_payloads(upstream, sentinels, source["part"], timeout))
         lineage[name] = {"job": source["job"], "sentinels": [sentinels[each].digest for each in needed]}
     return inputs, lineage
 
@@ -164,9 +163,29 @@ def wait_for_sentinels(upstream: JobFolder, fingerprint: str, needed: list[int],
         if time.monotonic() > deadline:
             raise InputNotVisible(
                 f"{upstream.path}: no valid sentinel of shards {missing[:10]} is visible on {platform.node()} after "
-                f"{timeout:g} s, so this task will not start on its work. {'; '.join(upstream.reports[:3])}"
+                f"{timeout:g} s, so this task will not start on its work. {'; '.join(upstream.reports[:3])}",
+                tuple(Blame(upstream.name, each) for each in missing),
             )
         time.sleep(0.5)
+
+
+def wait_for_payloads(
+    upstream: JobFolder, sentinels: Mapping[int, Sentinel], part: str, timeout: float
+) -> dict[int, tuple[Path, ...]]:
+    """The output files of these shards; all that stay invisible for the bounded wait are told in one error."""
+    deadline = time.monotonic() + timeout
+    files: dict[int, tuple[Path, ...]] = {}
+    errors: list[InputNotVisible] = []
+    for shard, sentinel in sorted(sentinels.items()):
+        try:
+            files[shard] = upstream.wait_for_payload(sentinel, part, timeout, deadline)
+        except InputNotVisible as error:
+            errors.append(error)
+    if errors:
+        message = "\n".join(str(error) for error in errors[:5])
+        more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise InputNotVisible(message + more, tuple(blame for error in errors for blame in error.blames))
+    return files
 
 
 def describe(out: Path, name: str) -> Output:

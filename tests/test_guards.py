@@ -27,7 +27,7 @@ LAYERS = {
     "engines": "engines.*",
     "recipe": "recipe arguments",
     "graph": "graph record drift preflight",
-    "execution": "reconcile worker clusters.*",
+    "execution": "reconcile damage worker clusters.*",
     "driver": "driver cancel",
     "user": "plan terminal report launch __main__",
 }
@@ -140,7 +140,7 @@ def test_broad_excepts_are_where_they_have_a_reason_and_nowhere_else() -> None:
     assert found == BROAD
 
 
-LONG = {"store": 400}
+LONG = {"store": 420}
 """The store owns the whole protocol, and its first page is the protocol's documentation."""
 
 

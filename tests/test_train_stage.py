@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,24 +299,45 @@ def test_an_attempt_in_the_same_folder_removes_what_a_killed_save_left(tmp_path:
     assert outcome.counts["resumed_from_step"] == 1
 
 
-def test_the_newest_complete_checkpoint_that_fits_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def checkpoint(attempt: str, step: int, marker: str | None) -> Path:
-        folder = tmp_path / attempt / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if marker is not None:
-            (folder / "complete.json").write_text(marker)
-        return folder
+def kept_checkpoint(attempt: Path, step: int, **shape: int) -> Path:
+    """A checkpoint of two files with its marker, as a save leaves it."""
+    folder = attempt / "checkpoints" / f"checkpoint-{step}"
+    (folder / f"global_step{step}").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / f"global_step{step}" / "optimizer.pt").write_bytes(b"moments")
+    state, arguments = SimpleNamespace(global_step=step, is_world_process_zero=True), SimpleNamespace()
+    arguments.output_dir = str(folder.parent)
+    checkpoints.MarkComplete(shape).on_save(arguments, state, None)
+    return folder
 
+
+def test_the_newest_complete_checkpoint_that_fits_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     attempts = [tmp_path / "0", tmp_path / "1", tmp_path / "2"]
     assert checkpoints.newest_complete(attempts, {"world_size": 8}) is None
-    checkpoint("0", 9, '{"global_step": 9, "world_size": 8}')
-    newest = checkpoint("1", 100, '{"global_step": 100, "world_size": 8}')
-    checkpoint("1", 20, '{"global_step": 20, "world_size": 8}')
-    checkpoint("2", 150, '{"global_step": 150, "world_size": 4}')
-    checkpoint("2", 160, '{"global_step": 1')
-    checkpoint("2", 170, None)
+    kept_checkpoint(attempts[0], 9, world_size=8)
+    newest = kept_checkpoint(attempts[1], 100, world_size=8)
+    kept_checkpoint(attempts[1], 20, world_size=8)
+    kept_checkpoint(attempts[2], 150, world_size=4)
+    marker = kept_checkpoint(attempts[2], 160, world_size=8) / "complete.json"
+    marker.write_text(marker.read_text()[:-9])
+    (kept_checkpoint(attempts[2], 170, world_size=8) / "complete.json").unlink()
+    (kept_checkpoint(attempts[2], 180, world_size=8) / "complete.json").write_text('{"global_step": 180}')
     assert checkpoints.newest_complete(attempts, {"world_size": 8}) == newest
     assert "world_size was 4, is 8" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "gone", "emptied"])
+def test_a_damaged_checkpoint_with_its_marker_is_passed_over_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    before = kept_checkpoint(tmp_path, 10)
+    path = kept_checkpoint(tmp_path, 20) / "global_step20" / "optimizer.pt"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": b"mom", "altered": b"nomentm", "emptied": b""}[damage])
+    assert checkpoints.newest_complete([tmp_path], {}) == before
+    assert "not resuming from" in caplog.text and "optimizer.pt" in caplog.text
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can() -> None:

@@ -40,6 +40,13 @@ def ensure_installed(accounting: bool) -> None:
         )
     if os.geteuid() != 0:
         raise SandboxError(f"{what}; installing needs root. Run as root: {by_hand}")
+    install(names)
+    if absent := missing(accounting):
+        raise SandboxError(f"still not installed: {', '.join(absent)}; run: {by_hand}")
+
+
+def install(names: list[str]) -> None:
+    """Install Debian packages; raises SandboxError when apt-get does not manage it."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "PATH": PATH}
     for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *names]):
         print(f"slurm_sandbox: {' '.join(argv)}", file=sys.stderr, flush=True)
@@ -47,5 +54,3 @@ def ensure_installed(accounting: bool) -> None:
         done = subprocess.run(argv, check=False, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         if done.returncode:
             raise SandboxError(f"{' '.join(argv)} failed (its output is above); repair apt, then run start again")
-    if absent := missing(accounting):
-        raise SandboxError(f"still not installed: {', '.join(absent)}; run: {by_hand}")
