@@ -1,5 +1,6 @@
 """Finished work that is damaged is found, judged by two, made again, and not for ever."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,9 +51,7 @@ def remove_payload(run: Run, graph: Graph) -> None:
 
 
 def remove_payload_folder(run: Run, graph: Graph) -> None:
-    path = payload(run, graph, A, 1)
-    path.unlink()
-    path.parent.rmdir()
+    shutil.rmtree(payload(run, graph, A, 1).parent)
 
 
 def cut_sentinel(run: Run, graph: Graph) -> None:
