@@ -20,15 +20,8 @@ from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
-from aipo_hpc.reconcile import (
-    Decision,
-    Element,
-    GivenUp,
-    RecordFailure,
-    Submit,
-    View,
-    reconcile,
-)
+from aipo_hpc.pace import Pace
+from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, doomed, reconcile
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
 from aipo_hpc.worker import Envelope
@@ -65,6 +58,7 @@ class Driver:
         self._show = show
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
+        self._pace = Pace(cluster.limits.query_interval)
         self._over_since: dict[Element, float] = {}
         self._inspector = Inspector(run, graph)
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
@@ -109,7 +103,8 @@ class Driver:
         done, failures = self._files()
         pending = self._unfinished(done, failures)
         now = time.time()
-        if pending and now - self._queried >= self._cluster.limits.query_interval:
+        if pending and self._pace.allows(now, urgent=any(doomed(pending, failures))):
+            self._pace.asked(now)
             try:
                 self._states = self._cluster.states(pending)
                 self._queried = now

@@ -8,13 +8,16 @@ import getpass
 import math
 import os
 import re
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import submitit
+from submitit.core.job_environment import JobEnvironment
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import SubmititEnvelope
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 120.0
 """Seconds after which a client command counts as not answered."""
+
+_SIGNAL_SECONDS = 90
+"""Seconds before a time limit at which Slurm tells a task to come to an end."""
 
 _OVER = {
     "COMPLETED": None,
@@ -117,8 +123,12 @@ class SlurmCluster:
 
     def submit(self, run: "Run", job: "Job", submission: Submission, after: Sequence[Submission]) -> str:
         """One sbatch for all shards of the submission."""
-        executor = submitit.SlurmExecutor(folder=run.job(job.name).logs, python=self._config.python)
-        executor.update_parameters(**self._parameters(job, submission, after))
+        parameters = self._parameters(job, submission, after)
+        python = self._config.python or shlex.quote(sys.executable)
+        if not parameters["use_srun"]:
+            python = f"exec {python}"  # Python takes the place of the batch shell, which gets Slurm's signal
+        executor = submitit.SlurmExecutor(folder=run.job(job.name).logs, python=python)
+        executor.update_parameters(**parameters)
         envelopes = [
             SubmititEnvelope(
                 str(run.path), job.name, shard, submission.name, index, submission.fence, submission.adjustment.batch
@@ -146,7 +156,13 @@ class SlurmCluster:
             kinds = {dependency.after: dependency.kind for dependency in submission.after}
             additional["dependency"] = ",".join(f"{kinds[each.name]}:{each.id}" for each in after)
             additional["kill-on-invalid-dep"] = "yes"
-        gang = resources.nodes * resources.tasks_per_node > 1
+        srun_args = list(config.srun_args)
+        if resources.nodes * resources.tasks_per_node > 1:
+            # Since Slurm 22.05 a step does not take over the batch job's number of cores by itself.
+            srun_args += ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"]
+        elif not srun_args:
+            # One process needs no step of its own: one call of the controller less for every shard.
+            additional.setdefault("signal", f"B:{JobEnvironment.USR_SIG}@{_SIGNAL_SECONDS}")
         parameters = {
             "job_name": submission.name,
             "comment": f"{run_label(submission)} {job.name}",
@@ -162,7 +178,9 @@ class SlurmCluster:
             "constraint": config.constraint,
             "exclude": ",".join(exclude) or None,
             "setup": list(config.setup) or None,
-            "srun_args": [*config.srun_args, *(["--kill-on-bad-exit=1"] if gang else [])],
+            "use_srun": bool(srun_args),
+            "srun_args": srun_args,
+            "signal_delay_s": _SIGNAL_SECONDS,
             "array_parallelism": resources.array_parallelism,
             "stderr_to_stdout": True,
             "additional_parameters": additional,

@@ -48,7 +48,8 @@ def ensure_installed(accounting: bool) -> None:
 def install(names: list[str]) -> None:
     """Install Debian packages; raises SandboxError when apt-get does not manage it."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "PATH": PATH}
-    for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *names]):
+    wait = ("-o", "DPkg::Lock::Timeout=600")  # somebody else may be installing just now
+    for argv in (["apt-get", "update"], ["apt-get", "install", "-y", *wait, "--no-install-recommends", *names]):
         print(f"slurm_sandbox: {' '.join(argv)}", file=sys.stderr, flush=True)
         # apt's own lines go to stderr: stdout carries only the export line.
         done = subprocess.run(argv, check=False, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
