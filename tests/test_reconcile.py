@@ -11,7 +11,7 @@ from aipo_hpc.adjustment import Adjustment
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.failures import FAST, KINDS
 from aipo_hpc.graph import Graph, make_graph
-from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, reconcile
+from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, doomed, reconcile
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Failure
 
@@ -463,3 +463,30 @@ def test_the_record_of_a_silent_death_tells_the_node_and_how_long_it_ran() -> No
     given = {"submissions": (sent("s-1", A, (0,)),), "states": {"s-1": {0: state}}, "over_since": {("s-1", 0): 0.0}}
     (record,) = decide(chain(), **given).record
     assert (record.node, record.seconds) == ("n3", 70)
+
+
+# -- what is known to be lost before the scheduler says so -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "failures", "expected"),
+    [
+        ("aftercorr", (), []),
+        ("aftercorr", ("s-1.2.r0",), [("s-2", 2)]),
+        ("aftercorr", ("s-1.2.r0", "s-2.2.driver"), []),
+        ("afterok", ("s-1.2.r0",), [("s-2", 0), ("s-2", 1), ("s-2", 2), ("s-2", 3)]),
+        ("afterok", ("s-3.0.r0",), []),
+    ],
+)
+def test_elements_are_doomed_by_the_failure_of_what_they_wait_for(
+    kind: str, failures: tuple[str, ...], expected: list[tuple[str, int]]
+) -> None:
+    waiting = sent("s-2", B, range(4), Dependency("s-1", kind))
+    recorded = {A: [failed(2, "error", attempt) for attempt in failures]}
+    assert list(doomed([waiting], recorded)) == expected
+
+
+def test_an_element_that_never_ran_because_its_input_failed_is_sent_again_without_waiting_for_files() -> None:
+    waiting = sent("s-2", B, (0,))
+    decision = decide(chain(), submissions=(waiting,), states=all_of(waiting, over("dependency")))
+    assert [record.kind for record in decision.record] == ["dependency"]

@@ -51,7 +51,7 @@ def snakemake(plan: Plan, python: Path) -> Contender:
         *(str(python.parent / "snakemake"), "--snakefile", str(SCRIPTS / "Snakefile"), "--executor", "slurm"),
         *("--jobs", "2000", "--retries", "1", "--latency-wait", "5", "--directory", str(plan.work)),
         *("--default-resources", "slurm_account=root", "slurm_partition=main", "runtime=10", "mem_mb=100"),
-        *("--config", f"size={plan.size}", f"payload={HERE / 'payload.py'}", "--quiet", "all"),
+        *("--config", f"size={plan.size}", f"payload={HERE / 'payload.py'}"),
     )
     return Contender(typed)
 

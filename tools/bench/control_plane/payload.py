@@ -39,7 +39,8 @@ class Plan:
 
     def missing(self, stage: int) -> list[int]:
         """Shards of a stage without output."""
-        done = set(os.listdir(self.work / "out" / str(stage)))
+        folder = self.work / "out" / str(stage)
+        done = set(os.listdir(folder)) if folder.exists() else set()  # snakemake removes empty folders of outputs
         return [index for index in range(self.size) if str(index) not in done]
 
     def fails_once(self, stage: int) -> set[int]:
@@ -67,6 +68,7 @@ def run(work: Path, stage: int, index: int) -> None:
         if index in plan.fails_once(stage) and not marker.exists():
             marker.touch()
             raise RuntimeError(f"stage {stage} shard {index}: the planned failure")
+        plan.output(stage, index).parent.mkdir(parents=True, exist_ok=True)
         temporary = work / "out" / f".{stage}-{index}-{os.getpid()}"
         temporary.write_text(content(stage, index))
         temporary.rename(plan.output(stage, index))
