@@ -52,6 +52,7 @@ def done_shards(run: Run, job: str) -> dict[int, Sentinel]:
     return dict(run.job(job).done(read_graph(run).fingerprints[job]))
 
 
+@pytest.mark.timeout(1800)
 def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
     slurm_sandbox: Sandbox, ranker_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +63,7 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
     def sbatch(*arguments: str | Path) -> str:
         small = ("--cpus-per-task=1", "--gpus-per-node=0")
         return slurm_sandbox.run(
-            "sbatch", "--wait", "--parsable", *small, *map(str, arguments), cwd=tmp_path, timeout=200
+            "sbatch", "--wait", "--parsable", *small, *map(str, arguments), cwd=tmp_path, timeout=800
         )
 
     assert launch([*fields, "drive=prepare"]) == 0

@@ -21,7 +21,11 @@ from aipo_hpc.record import read_graph
 from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.timeout(1800)
+"""Whole runs, each process of which loads torch: minutes on a busy machine, and longer than most tests may take."""
+
+PATIENCE = 800.0
+"""Seconds after which a driver is taken to hang."""
 
 SMALL = [
     "recipe=demo", "cluster=slurm", "iterations=1", "data.limit=24", "data.num_held_out=6", "generate.n=3",
@@ -52,7 +56,7 @@ def sentinels(run: Run, graph: Graph) -> dict[str, dict[int, Sentinel]]:
     return {name: dict(run.job(name).done(graph.fingerprints[name])) for name in graph.jobs}
 
 
-def wait_until(what: str, holds: object, seconds: float = 120.0) -> None:
+def wait_until(what: str, holds: object, seconds: float = PATIENCE) -> None:
     """Poll until ``holds()``; fails naming ``what`` after the time."""
     assert callable(holds)
     deadline = time.monotonic() + seconds
@@ -78,7 +82,7 @@ def test_an_iteration_runs_on_slurm_with_overlap_two_nodes_and_sentinels_that_ag
         "train.resources.nodes=2",
         "train.zero_stage=2",
     )
-    finished = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    finished = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     print(finished.stderr, finished.stdout)
     assert finished.returncode == 0, finished.stderr
     assert "win rate" in finished.stdout and "final model: " in finished.stdout
@@ -92,7 +96,8 @@ def test_an_iteration_runs_on_slurm_with_overlap_two_nodes_and_sentinels_that_ag
     ranks, generates = done["iter-00/rank"].values(), done["iter-00/generate"].values()
     assert min(rank.started for rank in ranks) < max(generate.ended for generate in generates), "rank did not overlap"
     assert done["iter-00/train"][0].num_processes == 2
-    assert done["iter-00/train"][0].scheduler["slurm_job_nodelist"] == "n[1-2]"
+    nodes = slurm_sandbox.run("scontrol", "show", "hostnames", done["iter-00/train"][0].scheduler["slurm_job_nodelist"])
+    assert len(nodes.split()) == 2
 
     recorded = {
         f"{ids['slurm_array_job_id']}_{ids['slurm_array_task_id']}"
@@ -106,16 +111,17 @@ def test_an_iteration_runs_on_slurm_with_overlap_two_nodes_and_sentinels_that_ag
 
     def accounting_is_complete() -> bool:
         query = ["sacct", "-X", "-n", "-P", "--format=JobID,State", f"--name={','.join(submission_names(run))}"]
+        accounted.clear()  # waiting elements are told together, under a name that goes when they start
         accounted.update(line.split("|") for line in slurm_sandbox.run(*query).split())
         return set(accounted.values()) == {"COMPLETED"}
 
-    wait_until("sacct tells that all are over", accounting_is_complete, 30)
+    wait_until("sacct tells that all are over", accounting_is_complete)
     assert set(accounted) == recorded
     print(
         f"{len(recorded)} elements in sacct, each with its sentinel; {len(list(submission_names(run)))} sbatch commands"
     )
 
-    again = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert again.returncode == 0 and "sent" not in again.stderr, "a finished run submitted something"
 
 
@@ -133,7 +139,7 @@ def test_a_killed_driver_is_resumed_without_running_a_shard_twice_and_gives_the_
         "killed too late to prove it"
     )
     with driver(argv, environment) as second:
-        assert second.wait(timeout=400) == 0
+        assert second.wait(timeout=PATIENCE) == 0
 
     executions = [path for name in graph.jobs for path in (run.path / name / "shards").glob("*/*") if path.is_dir()]
     assert len(executions) == sum(job.num_shards for job in graph.jobs.values()), "a shard ran twice"
