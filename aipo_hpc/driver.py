@@ -20,8 +20,8 @@ from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
-from aipo_hpc.pace import Pace
-from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, doomed, reconcile
+from aipo_hpc.pace import Pace, doomed
+from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
 from aipo_hpc.worker import Envelope

@@ -158,22 +158,6 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     )
 
 
-def doomed(submissions: Sequence[Submission], failures: Mapping[str, Sequence[Failure]]) -> Iterable[Element]:
-    """Yield elements that cannot run any more because what they wait for is known to have failed.
-
-    The scheduler cancels them by itself; they are sent again once it has said so.
-    """
-    failed: dict[str, set[int]] = {}
-    for failure in (failure for each in failures.values() for failure in each):
-        name, index = failure.attempt.split(".")[:2]
-        failed.setdefault(name, set()).add(int(index))
-    for submission in submissions:
-        for dependency in submission.after:
-            broken = failed.get(dependency.after, set())
-            hit = broken if dependency.kind == "aftercorr" else range(len(submission.shards)) if broken else ()
-            yield from ((submission.name, at) for at in hit if at not in failed.get(submission.name, ()))
-
-
 class _Element(NamedTuple):
     """What computes a shard. Not ``sure``: it ended, or is not known, and files or scheduler may yet tell more."""
 

@@ -11,7 +11,8 @@ from aipo_hpc.adjustment import Adjustment
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.failures import FAST, KINDS
 from aipo_hpc.graph import Graph, make_graph
-from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, doomed, reconcile
+from aipo_hpc.pace import doomed
+from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, reconcile
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Failure
 

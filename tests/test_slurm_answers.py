@@ -9,7 +9,8 @@ import pytest
 from fakes import chain, write_run
 
 from aipo_hpc.clusters import Submission
-from aipo_hpc.clusters.slurm import SlurmCluster, parse_sacct, parse_squeue
+from aipo_hpc.clusters.slurm import SlurmCluster
+from aipo_hpc.clusters.slurm_answers import parse_sacct, parse_squeue
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 from aipo_hpc.recipe import SlurmConfig
 

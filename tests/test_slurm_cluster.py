@@ -10,7 +10,8 @@ from fakes import TouchConfig, chain, child_environment, eventually, write_run
 from sandbox import Sandbox
 
 from aipo_hpc.clusters import Dependency, Submission, TaskState
-from aipo_hpc.clusters.slurm import SlurmCluster, expand, parse_sacct, parse_squeue, task_state
+from aipo_hpc.clusters.slurm import SlurmCluster
+from aipo_hpc.clusters.slurm_answers import expand, parse_sacct, parse_squeue, task_state
 from aipo_hpc.errors import ClusterError, SubmitRefused
 from aipo_hpc.graph import Graph, Job
 from aipo_hpc.launch import launch

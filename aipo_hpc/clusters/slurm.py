@@ -21,6 +21,7 @@ from submitit.core.job_environment import JobEnvironment
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import SubmititEnvelope
+from aipo_hpc.clusters.slurm_answers import is_ours, parse_sacct, parse_squeue
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 
 if TYPE_CHECKING:
@@ -34,20 +35,6 @@ _TIMEOUT = 120.0
 
 _SIGNAL_SECONDS = 90
 """Seconds before a time limit at which Slurm tells a task to come to an end."""
-
-_OVER = {
-    "COMPLETED": None,
-    "FAILED": "killed",
-    "TIMEOUT": "timeout",
-    "DEADLINE": "timeout",
-    "OUT_OF_MEMORY": "out_of_memory",
-    "NODE_FAIL": "node_failure",
-    "BOOT_FAIL": "node_failure",
-    "PREEMPTED": "preempted",
-    "CANCELLED": "cancelled",
-    "REVOKED": "cancelled",
-}
-"""States of Slurm in which a job is over, as classes of failure."""
 
 _PASSING = (
     "unable to contact slurm controller",
@@ -64,9 +51,6 @@ _FULL = re.compile(
     r"(Assoc|QOS)\w*Submit\w*Limit|temporarily unable to accept job|Resource temporarily unavailable", re.IGNORECASE
 )
 """Answers that say that this user, or everybody, has too many jobs waiting and running already."""
-
-_SKEW = 300.0
-"""Seconds by which the clocks of the scheduler and of this machine may differ."""
 
 
 class SlurmCluster:
@@ -230,7 +214,7 @@ class SlurmCluster:
         wanted = {submission.name: submission for submission in submissions}
         listed = self._client(["squeue", f"--user={getpass.getuser()}", "--noheader", "--format=%j|%F|%V"])
         lines = [fields for line in listed.splitlines() if len(fields := line.strip().split("|")) == 3]
-        ids = sorted({job_id for name, job_id, since in lines if _is_ours(wanted.get(name), job_id, since)})
+        ids = sorted({job_id for name, job_id, since in lines if is_ours(wanted.get(name), job_id, since)})
         if ids:
             self._client(["scancel", *ids])
 
@@ -278,90 +262,3 @@ def _refusal(name: str, message: str) -> ClusterError:
 
 def _passes(message: str) -> bool:
     return any(words in message.lower() for words in _PASSING)
-
-
-def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|array index|state|time used|nodes|reason``."""
-    states: dict[str, dict[int, TaskState]] = {}
-    for line in text.splitlines():
-        fields = line.strip().split("|", 7)
-        if len(fields) < 8 or not _is_ours(wanted.get(fields[0]), fields[1], fields[2]):
-            continue
-        name, _, _, index, state, used, nodes, reason = fields
-        told = task_state(state, seconds(used), wanted[name], reason, nodes)
-        _tell(states.setdefault(name, {}), expand(index), told, wanted[name])
-    return states
-
-
-def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code``.
-
-    Ids of waiting elements may be folded: 12_[3-5].
-    """
-    states: dict[str, dict[int, TaskState]] = {}
-    for line in text.splitlines():
-        fields = line.strip().split("|")
-        if len(fields) < 7:
-            continue
-        name, job_id, submitted, state, elapsed, nodes, exit_code = fields[:7]
-        array, _, element = job_id.partition("_")
-        if not _is_ours(wanted.get(name), array, submitted):
-            continue
-        told = task_state(state, seconds(elapsed), wanted[name], f"exit code {exit_code}", nodes)
-        _tell(states.setdefault(name, {}), expand(element), told, wanted[name])
-    return states
-
-
-def _tell(states: dict[int, TaskState], indices: Sequence[int], told: TaskState, submission: Submission) -> None:
-    """Note the state of elements. A line without an index is of a job that is no array, or of an array as a whole.
-
-    Slurm keeps the latter of one that was cancelled before it began: it speaks for what has no line of its own.
-    """
-    states.update(dict.fromkeys(indices, told))
-    if not indices:
-        for index in range(len(submission.shards)):
-            states.setdefault(index, told)
-
-
-def _is_ours(submission: Submission | None, job_id: str, submitted: str) -> bool:
-    """Whether a job of a submission's name is that submission: by its id, or, where that is not known, by its time.
-
-    Ids are used again, and a copied run directory makes the same names again.
-    """
-    if submission is None or submission.id is not None:
-        return submission is not None and submission.id == job_id
-    try:
-        return time.mktime(time.strptime(submitted, "%Y-%m-%dT%H:%M:%S")) >= submission.time - _SKEW
-    except ValueError:
-        return True
-
-
-def expand(element: str) -> list[int]:
-    """Indices of a folded array id: ``[3-5,8%2]`` is 3, 4, 5, 8 and ``[1-7:3]`` is 1, 4, 7."""
-    indices: list[int] = []
-    for part in element.strip("[]").split("%")[0].split(","):
-        if folded := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
-            first, last, step = folded.groups()
-            indices += range(int(first), int(last or first) + 1, int(step or 1))
-    return indices
-
-
-def seconds(used: str) -> int:
-    """Slurm's ``[days-][hours:]minutes:seconds`` in seconds; 0 for what is not a time."""
-    days, _, clock = used.rpartition("-")
-    parts = [days or "0", *["0"] * (2 - clock.count(":")), *clock.split(":")]
-    if len(parts) != 4 or not all(part.isdigit() for part in parts):
-        return 0
-    return ((int(parts[0]) * 24 + int(parts[1])) * 60 + int(parts[2])) * 60 + int(parts[3])
-
-
-def task_state(state: str, ran: int, submission: Submission, detail: str, nodes: str) -> TaskState:
-    """What a state of Slurm means to us, after it ``ran`` seconds; one that is not known as over counts as alive."""
-    word = state.partition(" ")[0].rstrip("+")
-    node = "" if nodes == "None assigned" else nodes
-    if word not in _OVER:
-        return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"), node=node, seconds=ran)
-    kind = _OVER[word]
-    if kind == "cancelled" and ran == 0 and submission.after:
-        kind = "dependency"
-    return TaskState(alive=False, kind=kind, detail=f"Slurm: {state}, {detail}", node=node, seconds=ran)
