@@ -42,7 +42,7 @@ STAGES: Mapping[str, Stage] = {
     "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
     "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig, version=2),
     "train": Stage("aipo_hpc.stages.train", train.TrainConfig),
-    "evaluate": Stage("aipo_hpc.stages.evaluate", evaluate.EvaluateConfig),
+    "evaluate": Stage("aipo_hpc.stages.evaluate", evaluate.EvaluateConfig, version=2),
 }
 
 

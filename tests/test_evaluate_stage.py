@@ -10,6 +10,7 @@ import torch
 from pairrm_checkpoint import Checkpoint
 
 from aipo_hpc.errors import DataError, RecipeError
+from aipo_hpc.length_control import length_controlled
 from aipo_hpc.rankers.pairrm import PairRM
 from aipo_hpc.rows import Candidate, Message, Responses, Verdict, read_rows, write_rows
 from aipo_hpc.stages import evaluate
@@ -64,9 +65,14 @@ def test_win_rate_and_its_standard_error_are_the_mean_over_prompts_and_the_mean_
     found = evaluate.summarize([verdict(1.0, 2), verdict(1.0, 4), verdict(0.5, 6, 3), verdict(0.0, 8, 9)])
     # wins 1, 1, 1/2, 0: mean 0.625, variance (2 * 0.375^2 + 0.125^2 + 0.625^2) / 3
     error = math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3) / 2
+    fit = length_controlled([1.0, 1.0, 0.5, 0.0], [-4, -2, 3, -1])
+    assert fit is not None
     assert found == {
         "win_rate": 0.625,
         "win_rate_se": pytest.approx(error),
+        "length_controlled_win_rate": pytest.approx(fit.win_rate),
+        "length_controlled_win_rate_se": pytest.approx(fit.standard_error),
+        "length_slope": pytest.approx(fit.slope),
         "wins": 2,
         "ties": 1,
         "losses": 1,
@@ -78,6 +84,11 @@ def test_win_rate_and_its_standard_error_are_the_mean_over_prompts_and_the_mean_
 
 def test_one_verdict_has_no_standard_error():
     assert "win_rate_se" not in evaluate.summarize([verdict(1.0)])
+
+
+def test_without_a_loss_nothing_tells_what_length_did_and_no_figure_is_given():
+    found = evaluate.summarize([verdict(1.0, 2), verdict(1.0, 4), verdict(1.0, 6, 3), verdict(1.0, 8, 9)])
+    assert found["win_rate"] == 1.0 and not [name for name in found if name.startswith("length_")]
 
 
 @pytest.mark.parametrize(

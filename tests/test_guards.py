@@ -22,7 +22,8 @@ LAYERS = {
     "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
     "rankers objectives.*",
     "files": "durable failures store journal lease progress",
-    "science": "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",
+    "science": "length_control "
+    "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "recipe arguments",
@@ -33,7 +34,19 @@ LAYERS = {
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""
 
-HEAVY = {"torch", "transformers", "vllm", "deepspeed", "datasets", "pyarrow", "accelerate", "numpy", "llm_blender"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "vllm",
+    "deepspeed",
+    "datasets",
+    "pyarrow",
+    "accelerate",
+    "numpy",
+    "llm_blender",
+    "sklearn",
+    "matplotlib",
+}
 
 FILE_NAMES = {"recipe.json", "journal.jsonl", "driver.lease", "set-aside", "job.json"}
 FOLDER_NAMES = {"done", "failed", "shards", "logs"}

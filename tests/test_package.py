@@ -68,7 +68,7 @@ def test_the_wheel_tells_its_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = HeaderParser().parsestr(archive.read(path).decode())
-    assert set(metadata.get_all("Provides-Extra") or []) == {"gpu", "cpu", "llm-blender", "test"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"gpu", "cpu", "llm-blender", "plots", "test"}
     assert metadata["Requires-Python"] == ">=3.11"
     needs = {re.split(r"[^\w-]", str(need))[0] for need in metadata.get_all("Requires-Dist") or []}
     assert {

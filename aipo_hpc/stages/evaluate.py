@@ -1,7 +1,8 @@
 """evaluate: Responses of the new policy and of the initial policy to held-out prompts -> Verdict, and metrics.
 
 Each prompt's two answers are ranked against each other by the recipe's ranker; a tie counts half. The standard error of the
-win rate is that of a mean over prompts. Files: ``verdicts.parquet``, ``metrics.json``.
+win rate is that of a mean over prompts. Beside it stands the win rate at equal lengths (``length_control.py``).
+Files: ``verdicts.parquet``, ``metrics.json``.
 """
 
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from aipo_hpc.errors import DataError
+from aipo_hpc.length_control import length_controlled
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Responses, Verdict, read_rows, write_rows
 from aipo_hpc.settings import memory_bound, tuning
@@ -82,12 +84,26 @@ def judge(row: Responses, mine: str, theirs: str, scores: Sequence[float]) -> Ve
 
 
 def summarize(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Win rate with its standard error (from two verdicts on), what it is made of, and mean lengths in characters."""
+    """Win rates, plain and length-controlled, with their standard errors; what they are made of; mean lengths in characters.
+
+    What the verdicts do not determine is left out: an error with one verdict, a length control without wins or losses.
+    """
     wins = [verdict.win for verdict in verdicts]
     error = {"win_rate_se": stdev(wins) / math.sqrt(len(wins))} if len(wins) > 1 else {}
+    fit = length_controlled(wins, [verdict.length - verdict.baseline_length for verdict in verdicts])
+    controlled = (
+        {
+            "length_controlled_win_rate": fit.win_rate,
+            "length_controlled_win_rate_se": fit.standard_error,
+            "length_slope": fit.slope,
+        }
+        if fit
+        else {}
+    )
     return {
         "win_rate": fmean(wins),
         **error,
+        **controlled,
         "wins": wins.count(1.0),
         "ties": wins.count(0.5),
         "losses": wins.count(0.0),
