@@ -38,7 +38,7 @@ def plan(arguments: Sequence[str]) -> None:
 
 def status(run: Folder) -> None:
     """Print one row per job of a run: shards, done, running, failed attempts, rows, seconds; and who drives it."""
-    from aipo_hpc.cancel import living_shards
+    from aipo_hpc.cancel import living_shards, steps_of
     from aipo_hpc.lease import is_alive, read_owner
     from aipo_hpc.terminal import job_table, print_table
 
@@ -46,14 +46,18 @@ def status(run: Folder) -> None:
     graph = read_graph(opened)
     try:
         alive = living_shards(opened, graph)
+        steps = steps_of(opened)
+        waiting = steps.living() if steps is not None else []
     except ClusterError as error:
-        alive = {}
+        alive, waiting = {}, []
         print(f"running and waiting shards are not known, the scheduler does not answer: {error}", file=sys.stderr)
     print_table(job_table(graph, opened, alive))
     owner = read_owner(opened)
     if owner is not None and is_alive(owner):
         age = time.time() - owner["heartbeat"]
         print(f"\ndriven by process {owner['pid']} on {owner['host']}, last sign of life {age:.0f} s ago")
+    elif waiting:
+        print(f"\ndriven by a chain; its next step is job {waiting[0].id} ({waiting[0].what})")
     else:
         print("\nno driver; the launch command resumes the run")
     for name in graph.jobs:

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from aipo_hpc.chain import make_steps
 from aipo_hpc.clusters import Cluster, Submission, TaskState, make_cluster
 from aipo_hpc.errors import ClusterError
 from aipo_hpc.graph import Graph
@@ -13,6 +15,9 @@ from aipo_hpc.record import check_job, read_graph
 from aipo_hpc.settings import from_plain
 from aipo_hpc.store import Run
 
+if TYPE_CHECKING:
+    from aipo_hpc.clusters.steps import Steps
+
 _PATIENCE = 60.0
 """Seconds to wait for a living driver to stop the run by itself."""
 
@@ -20,6 +25,7 @@ _PATIENCE = 60.0
 def cancel_run(run: Run) -> str:
     """Stop the driver, then whatever it left waiting or running; returns what was done."""
     graph = read_graph(run)
+    stop_chain(run, waiting_only=True)
     owner = read_owner(run)
     if owner is not None and is_alive(owner):
         request_cancel(run)
@@ -31,13 +37,28 @@ def cancel_run(run: Run) -> str:
                     f"{_PATIENCE:g} s. Stop that process, then type this again."
                 )
             time.sleep(0.2)
+        stop_chain(run)
         return f"{run.path}: its driver has stopped the run; the launch command resumes it"
+    stop_chain(run)
     with Lease(run):
         cluster = cluster_of(run)
         living = [submission for submission, _ in _living(run, graph, cluster)]
         Journal(run).note("cancel", submissions=[submission.name for submission in living])
         cluster.cancel(living)
     return f"{run.path}: no driver; {len(living)} submissions cancelled. The launch command resumes the run"
+
+
+def stop_chain(run: Run, *, waiting_only: bool = False) -> None:
+    """Cancel the steps of a run that is driven by a chain, or only one that waits (one that drives ends the run in order)."""
+    if (steps := steps_of(run)) is not None:
+        steps.cancel(waiting_only=waiting_only)
+
+
+def steps_of(run: Run) -> "Steps | None":
+    """The steps of a run's chain; None if it is driven otherwise."""
+    written = run.read_recipe()
+    recipe = from_plain(Recipe, written["settings"])
+    return make_steps(recipe, make_cluster(recipe), written["run_id"]) if recipe.drive == "chain" else None
 
 
 def living_shards(run: Run, graph: Graph) -> dict[str, dict[int, bool]]:

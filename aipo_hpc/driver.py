@@ -59,25 +59,44 @@ class Driver:
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
         self._pace = Pace(cluster.limits.query_interval)
+        self.unheard = False
+        """The scheduler did not answer the last query."""
         self._over_since: dict[Element, float] = {}
         self._inspector = Inspector(run, graph)
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
 
-    def follow(self, poll_seconds: float) -> None:
-        """Drive until the run is finished. Raises RunFailed when it cannot go on, Cancelled when asked to stop."""
+    def follow(self, poll_seconds: float, stay: Callable[[Decision], bool] = lambda decision: True) -> bool:
+        """Drive until the run is finished: True. False: with nothing to do for now, ``stay`` says not to wait here.
+
+        Raises RunFailed when it cannot go on, Cancelled when asked to stop.
+        """
         while True:
             decision = self.tick()
             if decision.finished:
-                return
+                return True
             if decision.stuck:
                 raise RunFailed(explain(self._run, decision.given_up))
             if self._lease.cancel_requested():
                 self.cancel()
                 raise Cancelled
             if not (decision.submit or decision.record):
+                if not stay(decision):
+                    return False
                 time.sleep(poll_seconds)
+
+    def outstanding(self) -> list[str]:
+        """The cluster's ids of submissions that, for all that is known, still wait or run."""
+        return [
+            submission.id
+            for submission in self._unfinished(*self._files())
+            if submission.id is not None
+            and (
+                self._queried <= submission.time
+                or any(state.alive for state in self._states.get(submission.name, {}).values())
+            )
+        ]
 
     def tick(self) -> Decision:
         """One look, one decision, and its execution. Raises RunFailed if another driver has taken over."""
@@ -108,7 +127,9 @@ class Driver:
             try:
                 self._states = self._cluster.states(pending)
                 self._queried = now
+                self.unheard = False
             except ClusterError as error:
+                self.unheard = True
                 # A scheduler that does not answer says nothing about jobs: wait, conclude nothing.
                 self._tell(f"scheduler does not answer, waiting: {error}")
             done, failures = self._files()
@@ -128,7 +149,7 @@ class Driver:
             states=self._states,
             queried=self._queried,
             over_since=self._over_since,
-            fence=self._journal.fence,
+            fence=self._journal.launched,
             now=time.time(),
             room=self._allowance.at(time.time()),
             failed_since=self._failed_since,

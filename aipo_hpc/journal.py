@@ -19,6 +19,8 @@ class Journal:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.fence = 0
+        self.launched = 0
+        """Fencing number of the last launch that was typed: failures of earlier ones are forgiven. A chain's step is none."""
         self.submissions: dict[str, Submission] = {}
         self._numbers = 0
         for event in run.read_journal():
@@ -26,8 +28,9 @@ class Journal:
 
     def _replay(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        if kind == "launch":
+        if kind in ("launch", "step"):
             self.fence = max(self.fence, int(event["fence"]))
+            self.launched = self.launched if kind == "step" else self.fence
         elif kind == "submit":
             submission = Submission(
                 name=event["name"],
@@ -51,8 +54,14 @@ class Journal:
 
     def launch(self, **fields: object) -> int:
         """Note that a driver begins; returns its fencing number, higher than any before."""
-        self.fence += 1
+        self.fence = self.launched = self.fence + 1
         self._run.append_journal("launch", fence=self.fence, **fields)
+        return self.fence
+
+    def step(self) -> int:
+        """Note that a driver takes up where another passed on; returns its fencing number, higher than any before."""
+        self.fence += 1
+        self._run.append_journal("step", fence=self.fence)
         return self.fence
 
     def intend(

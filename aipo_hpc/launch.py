@@ -5,21 +5,24 @@ and the driver takes over. Typed again, the same command goes on where the run s
 """
 
 import sys
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from aipo_hpc import settings
 from aipo_hpc.arguments import parse_recipe
+from aipo_hpc.chain import Chain, make_steps
 from aipo_hpc.clusters import Cluster, make_cluster
 from aipo_hpc.drift import refuse_drift
-from aipo_hpc.driver import Cancelled, Driver, run_here
-from aipo_hpc.errors import AipoError, RunError, UserError
+from aipo_hpc.driver import Cancelled, Driver, Tell, run_here
+from aipo_hpc.errors import AipoError, ClusterError, RunError, UserError
 from aipo_hpc.graph import Graph, build_graph
 from aipo_hpc.journal import Journal
-from aipo_hpc.lease import Lease
+from aipo_hpc.lease import EXPIRES_SECONDS, Lease
 from aipo_hpc.preflight import resolve
 from aipo_hpc.recipe import Recipe, validate
-from aipo_hpc.record import job_record
+from aipo_hpc.record import job_record, read_graph
 from aipo_hpc.report import print_report
 from aipo_hpc.store import Run
 from aipo_hpc.terminal import Screen
@@ -73,10 +76,45 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
             if recipe.drive == "once":
                 if not driver.tick().finished:
                     return run
+            elif recipe.drive == "chain":
+                steps = make_steps(recipe, cluster, run_id)
+                if not Chain(run, recipe, steps, driver, journal, screen.tell, None).advance():
+                    return run
             else:
                 driver.follow(recipe.poll_seconds)
     print_report(run, graph)
     return run
+
+
+def step(run_dir: Path, own_id: str | None) -> None:
+    """One step, in the job ``own_id``: what a launch does, with the graph and recipe that it left in the run directory."""
+    run = Run(run_dir)
+    written = run.read_recipe()
+    recipe = settings.from_plain(Recipe, written["settings"])
+    graph = read_graph(run)
+    screen = Screen(graph, run)
+    if recipe.drive != "chain":
+        screen.tell(f"{run.path} is not driven by a chain any more (drive={recipe.drive}); this one ends here")
+        return
+    cluster = patiently(lambda: make_cluster(recipe), screen.tell)
+    with Lease(run, patience=1.5 * EXPIRES_SECONDS) as lease:
+        journal = Journal(run)
+        journal.step()
+        driver = Driver(run, written["run_id"], graph, cluster, journal, lease, screen.tell, screen.show)
+        steps = make_steps(recipe, cluster, written["run_id"])
+        if not Chain(run, recipe, steps, driver, journal, screen.tell, own_id).advance():
+            return
+    print_report(run, graph)
+
+
+def patiently(make: Callable[[], Cluster], tell: Tell) -> Cluster:
+    """The cluster, as soon as its scheduler answers: a step that gave up would end the chain."""
+    while True:
+        try:
+            return make()
+        except ClusterError as error:
+            tell(f"scheduler does not answer, waiting: {error}")
+            time.sleep(10.0)
 
 
 def check_run(run: Run, recipe: Recipe, graph: Graph) -> str:

@@ -27,16 +27,18 @@ from aipo_hpc.processes import start_time
 from aipo_hpc.store import LEASE, SET_ASIDE, Run
 
 _RENEW_SECONDS = 15.0
-_EXPIRES_SECONDS = 120.0
+EXPIRES_SECONDS = 120.0
+"""A driver elsewhere that has not renewed its lease for so long is taken for dead."""
 _OWNER = "owner.json"
 _CANCEL = "cancel"
 _FIELDS = {"token", "host", "pid", "started", "boot_id", "heartbeat"}
 
 
 class Lease:
-    """Held as a context manager. Raises RunError on entry if another driver holds it."""
+    """Held as a context manager. Raises RunError on entry if another driver holds it, and for ``patience`` seconds on."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, patience: float = 0.0) -> None:
+        self._patience = patience
         self._run = run
         self._folder = run.path / LEASE
         self._stop = threading.Event()
@@ -44,11 +46,17 @@ class Lease:
         self._token = f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
 
     def __enter__(self) -> "Lease":
+        deadline = time.monotonic() + self._patience
         while True:
             if self._take_free():
                 self._thread.start()
                 return self
-            self._take_over()
+            try:
+                self._take_over()
+            except RunError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -152,7 +160,7 @@ def is_alive(owner: dict[str, Any]) -> bool:
     """Whether the owner of a lease lives: known for sure on its own host, else judged by its last sign of life."""
     if owner["host"] == platform.node() and owner["boot_id"] == _boot_id():
         return start_time(int(owner["pid"])) == str(owner["started"])
-    return time.time() - float(owner["heartbeat"]) < _EXPIRES_SECONDS
+    return time.time() - float(owner["heartbeat"]) < EXPIRES_SECONDS
 
 
 def _boot_id() -> str:

@@ -16,6 +16,7 @@ import tyro
 
 from aipo_hpc import engines, rankers
 from aipo_hpc.errors import RecipeError
+from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
 from aipo_hpc.stages.evaluate import EvaluateConfig
 from aipo_hpc.stages.generate import GenerateConfig
@@ -48,6 +49,10 @@ class SlurmConfig:
     """Command that starts Python on the node, e.g. inside a container (None: this interpreter)."""
     sbatch_args: dict[str, str] = field(default_factory=dict, metadata={"tuning": True})
     """More options of sbatch by their long names, e.g. reservation maintenance."""
+    driver: Resources = tuning(Resources(time=30))
+    """The job of a step of drive=chain."""
+    step_seconds: float = tuning(30.0)
+    """Least time between two steps of drive=chain, in seconds."""
     query_seconds: float = tuning(20.0)
     """Least time between two queries of the scheduler, in seconds. Finished shards are seen earlier, by their files."""
 
@@ -80,8 +85,9 @@ class Recipe:
     slurm: SlurmConfig = tuning(SlurmConfig())
     run_dir: str | None = tuning(None)
     """Folder of the run, on a file system that all nodes share (None: runs/<name>)."""
-    drive: Literal["follow", "once", "prepare"] = tuning("follow")
-    """follow: until the run ends; once: one look, for cron; prepare: write the run directory, submit nothing."""
+    drive: Literal["follow", "chain", "once", "prepare"] = tuning("follow")
+    """follow: until the run ends; chain: by small Slurm jobs, each of which submits the next, so that no process stays; once:
+    one look, for cron; prepare: write the run directory, submit nothing."""
     poll_seconds: float = tuning(2.0)
     """Time between two looks at the run's files, in seconds."""
     payload_timeout: float = tuning(120.0)
@@ -110,6 +116,10 @@ def validate(recipe: Recipe) -> None:
         (
             not recipe.rank.model_name_or_path,
             "rank.model_name_or_path is not set: give the ranker, a path or hub name.",
+        ),
+        (
+            recipe.drive == "chain" and recipe.cluster != "slurm",
+            f"drive=chain needs cluster=slurm, not {recipe.cluster}: its steps are Slurm jobs. Use drive=follow.",
         ),
         (recipe.iterations < 1, f"iterations={recipe.iterations}: must be at least 1."),
         (

@@ -107,6 +107,8 @@ class Decision:
     """Shards that failed and are tried again later, by job; and when."""
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
     """Nodes that nothing is sent to any more, each with the reason."""
+    settling: bool = False
+    """An element has ended, or is not known, and files or scheduler may yet tell more of it."""
 
     @property
     def stuck(self) -> bool:
@@ -155,6 +157,7 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
         room.held,
         waiting,
         bad,
+        any(not element.sure for shards in alive.values() for element in shards.values()),
     )
 
 

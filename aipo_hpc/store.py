@@ -4,6 +4,7 @@
       recipe.json                 resolved recipe, written before the first submission
       journal.jsonl               append-only: launches, submissions, adoptions, decisions; a torn last line is ignored
       driver.lease/               who drives the run: owner.json, renewed while the driver lives
+      chain/                      envelopes and output of the steps of drive=chain
       set-aside/                  what `reset` and corrupt files were moved to; nothing is ever deleted
       iter-00/
         generate/
@@ -52,6 +53,7 @@ RECIPE = "recipe.json"
 JOURNAL = "journal.jsonl"
 LEASE = "driver.lease"
 SET_ASIDE = "set-aside"
+_CHAIN = "chain"
 _JOB = "job.json"
 _SHARDS, _DONE, _FAILED, _LOGS = "shards", "done", "failed", "logs"
 
@@ -292,6 +294,11 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().absolute()
         self._jobs: dict[str, JobFolder] = {}
+
+    @property
+    def chain(self) -> Path:
+        """Folder of the envelopes and the output of a chain's steps."""
+        return self.path / _CHAIN
 
     def job(self, name: str) -> JobFolder:
         """The folder of a job (the same object each time, so that it remembers what it has read)."""

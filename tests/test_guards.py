@@ -29,7 +29,7 @@ LAYERS = {
     "recipe": "recipe arguments",
     "graph": "graph record drift preflight",
     "execution": "reconcile damage worker clusters.*",
-    "driver": "driver cancel",
+    "driver": "driver chain cancel",
     "user": "plan terminal report launch __main__",
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""

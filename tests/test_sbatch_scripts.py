@@ -85,7 +85,9 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
     assert len(slurm_sandbox.run("scontrol", "show", "hostnames", trained.scheduler["slurm_job_nodelist"]).split()) == 2
 
     # The driver takes up what is done, and from inside its job sends the rest as jobs of their own.
-    driver = sbatch(DRIVER, *fields, "cluster=slurm", "slurm.query_seconds=2", "train.resources.nodes=2")
+    driver = sbatch(
+        DRIVER, *fields, "cluster=slurm", "slurm.query_seconds=2", "train.resources.nodes=2", "drive=follow"
+    )
     assert (tmp_path / f"aipo-driver-{driver}.out").read_text()
     evaluated = done_shards(run, "iter-00/evaluate")[0]
     assert evaluated.scheduler["slurm_job_id"] != driver

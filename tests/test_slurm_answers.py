@@ -114,6 +114,8 @@ def test_a_client_command_that_is_limited_by_rate_is_an_answer_that_passes(site:
     cluster = SlurmCluster(SlurmConfig())
     stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01'")
     stub(site, command, "echo 'slurm_load_jobs error: rate limit exceeded, please try again' >&2; exit 1")
+    if command == "scancel":
+        stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01'")
     calls = {"squeue": cluster.states, "scancel": cluster.cancel, "scontrol": lambda _: SlurmCluster(SlurmConfig())}
     with pytest.raises(ClusterError, match="rate limit"):
         calls[command]([KNOWN])
@@ -123,6 +125,16 @@ def test_a_user_without_the_right_to_run_sacct_is_told_what_squeue_knows(site: P
     stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None'")
     stub(site, "sacct", "echo 'sacct: error: Access/permission denied' >&2; exit 1")
     assert list(SlurmCluster(SlurmConfig()).states([KNOWN])[NAME]) == [0], "what squeue forgot stays unknown"
+
+
+def test_all_submissions_are_cancelled_by_one_command_and_nobody_elses(site: Path, tmp_path: Path) -> None:
+    lines = [f"{NAME}|77|2026-03-01T12:00:01", f"{NAME}|77|2026-03-01T12:00:01", "aipo-cafe-2|80|2026-03-01T12:00:01"]
+    foreign = [f"{NAME}|12|2026-03-01T12:00:01", "else|81|2026-03-01T12:00:01"]
+    stub(site, "squeue", f"printf '%s\\n' {' '.join(repr(line) for line in lines + foreign)}")
+    stub(site, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    second = Submission("aipo-cafe-2", "iter-00/b", (0,), (), 1, SENT, None)
+    SlurmCluster(SlurmConfig()).cancel([KNOWN, second])
+    assert (tmp_path / "cancelled").read_text() == "77 80\n"
 
 
 # -- what a site forbids ---------------------------------------------------------------------------------------------

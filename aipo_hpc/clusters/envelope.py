@@ -1,4 +1,8 @@
-"""What submitit pickles: a worker's envelope (a run folder, a job, a shard), never settings or data."""
+"""What submitit pickles: an envelope (a run folder, a job, a shard), never settings or data."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
@@ -14,4 +18,21 @@ class SubmititEnvelope(Envelope):
 
     def checkpoint(self) -> DelayedSubmission:
         """What to requeue: the same envelope; the new attempt continues inside the shard from what is on disk."""
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class StepEnvelope:
+    """One step of a chain; out of time, it has itself sent again and begins anew."""
+
+    run_dir: str
+
+    def __call__(self) -> None:
+        """Called by submitit in the step's job."""
+        from aipo_hpc.launch import step
+
+        step(Path(self.run_dir), os.environ["SLURM_JOB_ID"])
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What to requeue."""
         return DelayedSubmission(self)

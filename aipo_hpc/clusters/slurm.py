@@ -59,7 +59,7 @@ class SlurmCluster:
     def __init__(self, config: "SlurmConfig") -> None:
         self._config = config
         self.num_commands = 0
-        shown = self._client(["scontrol", "show", "config"])
+        shown = self.client(["scontrol", "show", "config"])
         # MaxArraySize bounds the index, which starts at 0; our arrays always do. 0 and 1 forbid arrays.
         bounds = re.findall(r"\b(?:MaxArraySize\s*=\s*|max_array_tasks=)(\d+)", shown) or ["1000"]
         self.limits = Limits(
@@ -77,7 +77,7 @@ class SlurmCluster:
                 shapes.setdefault(tuple(self._test_arguments(job.resources)), job.name)
         for arguments, name in shapes.items():
             try:
-                self._client(["sbatch", "--test-only", *arguments, "--wrap=true"])
+                self.client(["sbatch", "--test-only", *arguments, "--wrap=true"])
             except ClusterError as error:
                 if _FULL.search(str(error)):
                     continue  # the limit on jobs; the shape itself is not refused
@@ -121,7 +121,7 @@ class SlurmCluster:
         ]
         self.num_commands += 1
         try:
-            with _outside_any_job():
+            with outside_any_job():
                 if len(envelopes) == 1:
                     return str(executor.submit(envelopes[0]).job_id)
                 jobs = executor.map_array(SubmititEnvelope.__call__, envelopes)
@@ -129,7 +129,7 @@ class SlurmCluster:
         except submitit.core.utils.FailedSubmissionError as error:
             raise ClusterError(f"{job.name}: sbatch gave no job id: {error}") from error
         except submitit.core.utils.FailedJobError as error:
-            raise _refusal(job.name, str(error).strip()) from error
+            raise refusal(job.name, str(error).strip()) from error
 
     def _parameters(self, job: "Job", submission: Submission, after: Sequence[Submission]) -> dict[str, object]:
         assert job.resources is not None
@@ -148,25 +148,16 @@ class SlurmCluster:
             # One process needs no step of its own: one call of the controller less for every shard.
             additional.setdefault("signal", f"B:{JobEnvironment.USR_SIG}@{_SIGNAL_SECONDS}")
         parameters = {
-            "job_name": submission.name,
-            "comment": f"{run_label(submission)} {job.name}",
-            "nodes": resources.nodes,
-            "ntasks_per_node": resources.tasks_per_node,
-            "cpus_per_task": resources.cpus_per_task,
-            "gpus_per_node": resources.gpus_per_node or None,
+            **site_parameters(config, resources),
             "mem": f"{int(resources.mem_gb * adjustment.memory * 1024)}MB" if resources.mem_gb else None,
             "time": math.ceil(resources.time * adjustment.time),
-            "partition": resources.partition or config.partition,
-            "account": config.account,
-            "qos": config.qos,
-            "constraint": config.constraint,
             "exclude": ",".join(exclude) or None,
-            "setup": list(config.setup) or None,
+            "job_name": submission.name,
+            "comment": f"{run_label(submission)} {job.name}",
             "use_srun": bool(srun_args),
             "srun_args": srun_args,
             "signal_delay_s": _SIGNAL_SECONDS,
             "array_parallelism": resources.array_parallelism,
-            "stderr_to_stdout": True,
             "additional_parameters": additional,
         }
         return {name: value for name, value in parameters.items() if value is not None}
@@ -177,7 +168,7 @@ class SlurmCluster:
             return {}
         wanted = {submission.name: submission for submission in submissions}
         states = parse_squeue(
-            self._client(
+            self.client(
                 [
                     "squeue",
                     f"--user={getpass.getuser()}",
@@ -197,7 +188,7 @@ class SlurmCluster:
             command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
             names = ",".join(submission.name for submission in forgotten)
             try:
-                told = self._client(
+                told = self.client(
                     [*command, f"--name={names}", "--format=JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode"]
                 )
             except ClusterError:
@@ -212,16 +203,17 @@ class SlurmCluster:
         if not submissions:
             return
         wanted = {submission.name: submission for submission in submissions}
-        listed = self._client(["squeue", f"--user={getpass.getuser()}", "--noheader", "--format=%j|%F|%V"])
+        listed = self.client(["squeue", f"--user={getpass.getuser()}", "--noheader", "--format=%j|%F|%V"])
         lines = [fields for line in listed.splitlines() if len(fields := line.strip().split("|")) == 3]
         ids = sorted({job_id for name, job_id, since in lines if is_ours(wanted.get(name), job_id, since)})
         if ids:
-            self._client(["scancel", *ids])
+            self.client(["scancel", *ids])
 
-    def _client(self, command: Sequence[str]) -> str:
+    def client(self, command: Sequence[str]) -> str:
+        """What a client command prints. Raises ClusterError when it fails."""
         self.num_commands += 1
         try:
-            with _outside_any_job():
+            with outside_any_job():
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
         except FileNotFoundError as error:
             raise ClusterError(
@@ -235,13 +227,32 @@ class SlurmCluster:
         return done.stdout
 
 
+def site_parameters(config: "SlurmConfig", resources: "Resources") -> dict[str, object]:
+    """What submitit is told of a job's shape and of how the site wants its jobs; None: nothing to say."""
+    return {
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "mem": f"{int(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
+        "time": resources.time,
+        "partition": resources.partition or config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "exclude": config.exclude,
+        "setup": list(config.setup) or None,
+        "stderr_to_stdout": True,
+    }
+
+
 def run_label(submission: Submission) -> str:
     """What all submissions of a run have in common in their comments."""
     return submission.name.rsplit("-", 1)[0]
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
+def outside_any_job() -> Iterator[None]:
     """Without what Slurm says of the job that this process may run in: it would leak into those that it sends."""
     of_the_job = re.compile("SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT)$)")
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if of_the_job.match(name)}
@@ -251,7 +262,7 @@ def _outside_any_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _refusal(name: str, message: str) -> ClusterError:
+def refusal(name: str, message: str) -> ClusterError:
     """What an sbatch that gave no job means."""
     if _FULL.search(message):
         return NoRoom(f"{name}: Slurm has no room for it now: {message}")
