@@ -1,0 +1,196 @@
+"""What can go wrong. A fault does one thing to the world and says what; None if there was nothing to do it to now.
+
+A fault that lasts returns also what ends it: a daemon is started again, space is freed.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from _chaos.world import World
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done; ``end`` undoes it after ``seconds``."""
+
+    what: str
+    seconds: float = 0.0
+    end: Callable[[], object] | None = None
+
+
+Fault = Callable[[World, Random], Done | None]
+
+
+def kill_driver(world: World, draw: Random) -> Done | None:
+    return Done("SIGKILL to the driver") if world.user.kill() else None
+
+
+def second_driver(world: World, draw: Random) -> Done | None:
+    """The same command at the same time. It must say that the run is being driven, or drive because the first died."""
+    if not world.user.running:
+        return None
+    try:
+        done = subprocess.run(
+            world.user.argv, env=world.user.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Done("a second driver took over from one that had ended, and was killed")
+    assert done.returncode != 0 or not world.user.running, f"a second driver drove:\n{done.stderr}"
+    return Done("a second driver")
+
+
+def kill_worker(world: World, draw: Random) -> Done | None:
+    groups = world.workers()
+    if not groups:
+        return None
+    group = draw.choice(groups)
+    for process in group:
+        process.signal(signal.SIGKILL)
+    return Done(f"SIGKILL to a task's {len(group)} processes")
+
+
+def cancel_element(world: World, draw: Random) -> Done | None:
+    elements = world.elements("RUNNING", "PENDING")
+    if not elements:
+        return None
+    element = draw.choice(elements)
+    return None if world.slurm("scancel", element.id) is None else Done(f"scancel of {element.id}")
+
+
+def cancel_array(world: World, draw: Random) -> Done | None:
+    arrays = sorted({element.array for element in world.elements("RUNNING", "PENDING") if "_" in element.id})
+    if not arrays:
+        return None
+    array = draw.choice(arrays)
+    return None if world.slurm("scancel", array) is None else Done(f"scancel of the array {array}")
+
+
+def requeue(world: World, draw: Random) -> Done | None:
+    elements = world.elements("RUNNING")
+    if not elements:
+        return None
+    element = draw.choice(elements)
+    return None if world.slurm("scontrol", "requeue", element.id) is None else Done(f"requeue of {element.id}")
+
+
+def preempt(world: World, draw: Random) -> Done | None:
+    if not world.elements("RUNNING") or not (nodes := world.nodes()):
+        return None
+    options = ["--partition=urgent", "--exclusive", "--time=1", "--job-name=urgent", "--output=/dev/null", "--chdir=/"]
+    node = draw.choice(nodes)
+    sent = world.slurm("sbatch", *options, f"--nodelist={node}", "--wrap=sleep 3")
+    return None if sent is None else Done(f"an urgent job on {node}")
+
+
+def power_cut(world: World, draw: Random) -> Done | None:
+    nodes = world.nodes()
+    if len(nodes) < 3:
+        return None
+    node = draw.choice(nodes)
+    world.daemon("stop-daemon", "--kill", "--with-jobs", node)
+    return Done(f"power cut of {node}", draw.uniform(2, 10), lambda: world.daemon("start-daemon", node))
+
+
+def no_accounting(world: World, draw: Random) -> Done | None:
+    if not world.daemon("stop-daemon", "slurmdbd"):
+        return None
+    return Done("slurmdbd stopped", draw.uniform(10, 25), lambda: world.daemon("start-daemon", "slurmdbd"))
+
+
+def no_controller(world: World, draw: Random) -> Done | None:
+    """By SIGTERM: a slurmctld that is killed forgets the last seconds, and starts jobs twice by itself."""
+    if not world.daemon("stop-daemon", "slurmctld"):
+        return None
+    return Done("slurmctld stopped", draw.uniform(10, 20), lambda: world.daemon("start-daemon", "slurmctld"))
+
+
+def full_disk(world: World, draw: Random) -> Done | None:
+    if not world.small_disk or not world.run_dir.exists():
+        return None
+    ballast = world.run_dir.parent / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)
+    return Done("disk full", draw.uniform(4, 12), lambda: ballast.unlink(missing_ok=True))
+
+
+def damage_sentinel(world: World, draw: Random) -> Done | None:
+    paths = sorted(world.run_dir.glob("iter-*/*/done/*.json"))
+    return Done(_damage(draw.choice(paths), world, draw)) if paths else None
+
+
+def damage_payload(world: World, draw: Random) -> Done | None:
+    """Of a shard that somebody still has to read: nobody looks at what has been used for good."""
+    graph, run = world.graph(), world.run
+    if graph is None:
+        return None
+    done = {name: run.job(name).done(graph.fingerprints[name]) for name in graph.jobs}
+    wanted = {
+        edge.job for job in graph.jobs.values() if len(done[job.name]) < job.num_shards for edge in job.edges.values()
+    }
+    paths = [
+        path for name in sorted(wanted) for _, each in sorted(done[name].items()) for path in run.job(name).files(each)
+    ]
+    paths = [path for path in paths if path.is_file()]
+    return Done(_damage(draw.choice(paths), world, draw)) if paths else None
+
+
+def damage_checkpoint(world: World, draw: Random) -> Done | None:
+    paths = sorted(world.run_dir.glob("iter-*/train/shards/*/*/checkpoints/checkpoint-*/**/*"))
+    paths = [path for path in paths if path.is_file()]
+    return Done(_damage(draw.choice(paths), world, draw)) if paths else None
+
+
+def leave_temporaries(world: World, draw: Random) -> Done | None:
+    """What killed processes leave in the middle of a write."""
+    folders = sorted(path for path in world.run_dir.glob("iter-*/*/*") if path.is_dir())
+    if not folders:
+        return None
+    folder = draw.choice(folders)
+    for name in (f".0000{draw.randrange(8)}.json.killed.tmp", f"0000{draw.randrange(8)}.json.tmp", ".job.json.x.1.tmp"):
+        (folder / name).write_text('{"half":')
+    (world.run_dir / f".driver.lease.killed:{draw.randrange(1000)}").mkdir(exist_ok=True)
+    return Done(f"temporary files in {folder.relative_to(world.run_dir)}")
+
+
+def _damage(path: Path, world: World, draw: Random) -> str:
+    how = draw.choice(["truncated", "corrupted", "deleted"])
+    with suppress(FileNotFoundError):
+        if how == "deleted":
+            path.unlink()
+        elif how == "truncated":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            content = bytearray(path.read_bytes())
+            if content:
+                content[draw.randrange(len(content))] ^= 0xFF
+            with path.open("r+b") as file:
+                file.write(content)
+    return f"{path.relative_to(world.run_dir)} {how}"
+
+
+FAULTS: Mapping[str, Fault] = {
+    "driver killed": kill_driver,
+    "second driver": second_driver,
+    "worker killed": kill_worker,
+    "element cancelled": cancel_element,
+    "array cancelled": cancel_array,
+    "requeued": requeue,
+    "preempted": preempt,
+    "power cut of a node": power_cut,
+    "slurmdbd stopped": no_accounting,
+    "slurmctld stopped": no_controller,
+    "disk full": full_disk,
+    "sentinel damaged": damage_sentinel,
+    "payload damaged": damage_payload,
+    "checkpoint damaged": damage_checkpoint,
+    "temporary files left": leave_temporaries,
+}

@@ -1,0 +1,115 @@
+"""The sandbox, the run directory and what lies in them, as the gremlin sees them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from _sandbox import process as processes
+from _sandbox.process import Process
+
+from _chaos.user import User
+from aipo_hpc.errors import RunError
+from aipo_hpc.graph import Graph
+from aipo_hpc.record import read_graph
+from aipo_hpc.sentinel import Sentinel
+from aipo_hpc.store import Run
+
+SANDBOX = Path(__file__).resolve().parent.parent / "slurm_sandbox"
+
+
+@dataclass(frozen=True)
+class Element:
+    """A job or an element of an array, as squeue lists it."""
+
+    id: str
+    state: str
+    name: str
+
+    @property
+    def array(self) -> str:
+        return self.id.partition("_")[0]
+
+
+@dataclass
+class World:
+    """Everything that faults may touch; nothing outside of it is."""
+
+    sandbox: Path
+    conf: Path
+    run_dir: Path
+    user: User
+    small_disk: bool
+    """Whether the run directory lies on a disk of its own that may be filled."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self.user.environment
+
+    def slurm(self, *argv: str) -> str | None:
+        """What a client command of Slurm says; None if it fails, as it may with daemons down."""
+        try:
+            done = subprocess.run(
+                argv, env=self.user.environment, capture_output=True, text=True, timeout=30, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def daemon(self, command: str, *arguments: str) -> bool:
+        """Stop or start a daemon of the sandbox."""
+        done = subprocess.run(
+            [sys.executable, str(SANDBOX), command, f"--dir={self.sandbox}", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode == 0
+
+    def elements(self, *states: str) -> list[Element]:
+        """The run's jobs in these states."""
+        listed = self.slurm("squeue", "--noheader", "--array", f"--states={','.join(states)}", "--format=%i|%T|%j")
+        fields = [line.split("|") for line in (listed or "").splitlines()]
+        return [Element(*each) for each in fields if len(each) == 3 and each[2].startswith("aipo-")]
+
+    def nodes(self) -> list[str]:
+        """Nodes that are up."""
+        listed = self.slurm("sinfo", "--noheader", "--partition=main", "--Node", "--format=%N|%T") or ""
+        fields = [line.strip().split("|") for line in listed.splitlines()]
+        return sorted({each[0] for each in fields if each[1] in ("idle", "mixed", "allocated", "completing")})
+
+    def workers(self) -> list[list[Process]]:
+        """The processes of running tasks, one list per process group."""
+        groups: dict[int, list[Process]] = {}
+        for process in processes.marked(self.sandbox, self.conf):
+            with suppress(OSError):
+                words = Path(f"/proc/{process.pid}/environ").read_bytes()
+                if b"SLURM_STEP_ID=" in words:
+                    groups.setdefault(os.getpgid(process.pid), []).append(process)
+        groups.pop(os.getpgrp(), None)
+        return list(groups.values())
+
+    @property
+    def run(self) -> Run:
+        """The run, with nothing remembered."""
+        return Run(self.run_dir)
+
+    def graph(self) -> Graph | None:
+        try:
+            return read_graph(self.run)
+        except (RunError, OSError, ValueError):
+            return None  # not there yet, or damaged by ourselves
+
+    def finished(self) -> Iterator[tuple[str, Sentinel]]:
+        """All finished shards, with their jobs' names."""
+        graph, run = self.graph(), self.run
+        for name in graph.jobs if graph is not None else ():
+            assert graph is not None
+            for _, sentinel in sorted(run.job(name).done(graph.fingerprints[name]).items()):
+                yield name, sentinel
+
+    def num_done(self) -> int:
+        return sum(1 for _ in self.finished())
