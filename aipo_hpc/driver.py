@@ -102,7 +102,8 @@ class Driver:
         """One look, one decision, and its execution. Raises RunFailed if another driver has taken over."""
         view = self.look()
         self._check_lease()
-        if self._retract_damaged(view):
+        if self._retract_damaged(view) or self._is_work_here(view):
+            run_here(self._run, self._graph, self._journal, self._tell)
             view = self.look()
         decision = reconcile(self._graph, view, self._cluster.limits)
         for record in decision.record:
@@ -215,9 +216,12 @@ class Driver:
             folder.retract(each.shard)
             self._journal.note("retract", job=each.job, shard=each.shard, message=message)
             self._tell(f"{each.job} shard {each.shard}: {message}; it is computed again")
-        if damaged:
-            run_here(self._run, self._graph, self._journal, self._tell)
         return bool(damaged)
+
+    def _is_work_here(self, view: View) -> bool:
+        """Whether something that the launch does itself is not done any more."""
+        jobs = self._graph.jobs.values()
+        return any(job.resources is None and len(view.done[job.name]) < job.num_shards for job in jobs)
 
     def _tell_reports(self) -> None:
         for name in self._graph.jobs:

@@ -198,6 +198,26 @@ def test_prompts_that_are_damaged_are_read_again_by_the_driver(small_recipe: Rec
     assert len(run.job("iter-00/train").done(graph.fingerprints["iter-00/train"])) == 1
 
 
+class Careless(InlineCluster):
+    """Something that removes the sentinel of the prompts while the run goes on."""
+
+    removed = False
+
+    def submit(self, run: Run, job: object, submission: object, after: object) -> str:
+        if not self.removed:
+            (run.path / "iter-00" / "prompts" / "done" / "00000.json").unlink()
+            self.removed = True
+        return super().submit(run, job, submission, ())  # type: ignore[arg-type]
+
+
+def test_prompts_whose_sentinel_is_removed_while_the_run_goes_on_are_read_again(small_recipe: Recipe) -> None:
+    cluster = Careless()
+    run = launch(replace(small_recipe, iterations=1, payload_timeout=0.2), cluster)
+    graph = read_graph(run)
+    assert cluster.removed
+    assert len(run.job("iter-00/train").done(graph.fingerprints["iter-00/train"])) == 1
+
+
 def test_damage_to_a_job_that_is_not_in_the_graph_any_more_is_nobodys(run: Run, tmp_path: Path) -> None:
     other = make_graph([touch(A, 1, TouchConfig())])
     blamed = Failure(A, 0, "s-1.0.r0", 1, "input_not_visible", "", blames=(Blame("iter-09/a", 0, "12"),))
