@@ -1,0 +1,100 @@
+"""The judge of tools/chaos finds what it is there to find, and its user does nothing but type the same command again."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from _chaos import user as users
+from _chaos.outcome import Execution, Outcome, differences, made
+from _chaos.user import HumanNeededError, User
+from fakes import chain, sentinel
+
+from aipo_hpc.sentinel import Output
+
+A = "iter-00/a"
+
+
+def a_user(folder: Path, script: str) -> User:
+    return User([sys.executable, "-c", script], os.environ, folder / "log")
+
+
+def attend(user: User, until: Callable[[], bool], progress: Callable[[], int] = lambda: 0) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        user.attend(progress)
+        time.sleep(0.02)
+
+
+def test_a_killed_command_is_typed_again_until_it_finishes(tmp_path: Path) -> None:
+    user = a_user(tmp_path, f"import os, time; time.sleep(0 if os.path.exists({str(tmp_path / 'go')!r}) else 60)")
+    attend(user, lambda: user.running)
+    assert user.kill() and not user.running
+    (tmp_path / "go").touch()
+    attend(user, lambda: user.finished)
+    assert (user.launches, user.exits) == (2, [])
+
+
+def test_a_command_that_fails_for_ever_without_getting_further_needs_a_human(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users, "PATIENCE", 2)
+    user = a_user(tmp_path, "raise SystemExit('UserError: mend it')")
+    with pytest.raises(HumanNeededError, match=r"(?s)3 launches in a row did nothing.*mend it"):
+        attend(user, lambda: False)
+    assert "UserError: mend it" in user.exits
+
+
+def test_a_command_that_fails_but_gets_further_is_typed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "PATIENCE", 1)
+    user = a_user(tmp_path, "raise SystemExit(1)")
+    done = iter(range(100))
+    attend(user, lambda: user.launches == 4 and not user.running, lambda: next(done))
+
+
+def execution(begin: float, end: float, shard: int = 0) -> Execution:
+    return Execution(A, shard, "aipo-cafe-1", 0, begin, end, 1)
+
+
+def test_two_executions_of_a_shard_at_the_same_time_are_found() -> None:
+    assert execution(10, 20).overlaps(execution(15, 30))
+    assert execution(10, 40).overlaps(execution(15, 30))
+    assert not execution(10, 20).overlaps(execution(20, 30)), "one after the other"
+    assert not execution(10, 20).overlaps(execution(15, 30, shard=1)), "another shard"
+
+
+def test_the_execution_that_made_a_shard_is_told_from_a_wasted_one() -> None:
+    done = {0: replace(sentinel(chain(), A, 0, "aipo-cafe-1.0.r1"), ended=25.0)}
+    assert made(execution(20, 26), done)
+    assert not made(execution(5, 10), done), "the one that was requeued"
+    assert not made(replace(execution(20, 26), submission="aipo-cafe-2"), done)
+
+
+def test_a_result_that_differs_or_is_missing_is_found() -> None:
+    def shard(content: str, name: str = "rows.parquet") -> dict[int, object]:
+        return {0: sentinel(chain(), A, 0, outputs=(Output(name, 1, content),))}
+
+    assert differences(A, shard("aa"), shard("aa")) == []  # type: ignore[arg-type]
+    assert differences(A, shard("aa"), shard("bb")) == [f"{A} shard 0: rows.parquet"]  # type: ignore[arg-type]
+    assert len(differences(A, shard("aa"), shard("aa", "other.parquet"))) == 2  # type: ignore[arg-type]
+    assert differences(A, {}, shard("aa")) == [f"{A}: shards [0] in one of them only"]  # type: ignore[arg-type]
+    assert differences(A, shard("a", "metrics.jsonl"), shard("b", "metrics.jsonl")) == []  # type: ignore[arg-type]
+
+
+def test_any_broken_promise_is_told() -> None:
+    assert Outcome().kept
+    for broken in (
+        Outcome(duplicates=["x"]),
+        Outcome(differences=["x"]),
+        Outcome(rows_lost=1),
+        Outcome(commands=1),
+    ):
+        assert not broken.kept
+    total = Outcome(shards=2, executions=3)
+    total.add(Outcome(shards=2, executions=2, duplicates=["x"]))
+    assert (total.shards, total.executions, total.kept) == (4, 5, False)
+    assert "| shard executions / shards | 5 / 4 |" in total.table()
