@@ -40,16 +40,27 @@ def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> "Pre
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant starts to speak."""
-    encoded: Any = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-    )
-    return [int(token) for token in encoded["input_ids"]]
+    return _template(tokenizer, messages, add_generation_prompt=True)
 
 
 def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str, finish_reason: str) -> list[int]:
     """Token ids of a response; the end-of-sequence token belongs to it only if the model ended it by itself."""
     ids = [int(token) for token in tokenizer(response, add_special_tokens=False)["input_ids"]]
     return ids if finish_reason == "length" else [*ids, int(tokenizer.eos_token_id)]
+
+
+def conversation_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Token ids of a whole conversation, the assistant's last answer included."""
+    return _template(tokenizer, messages, add_generation_prompt=False)
+
+
+def _template(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+    )
+    return [int(token) for token in encoded["input_ids"]]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from aipo_hpc.errors import GraphError
 from aipo_hpc.identity import identify
+from aipo_hpc.rankers.config import POLICY, RankerConfig, models, without_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import content
@@ -154,20 +155,28 @@ def digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def outside(name: str, revision: str | None = None) -> Outside:
+    """A model or dataset from outside the run, with its identity."""
+    return Outside(name, identify(name, revision), revision)
+
+
+def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
+    """The models of a ranker as inputs of its job; None where a policy judges."""
+    return {
+        name: None if single.model_name_or_path == POLICY else outside(single.model_name_or_path, single.revision)
+        for name, single in models(config).items()
+    }
+
+
 def build_graph(recipe: Recipe) -> Graph:
     """The jobs of a recipe. Reads outside models and prompt files only to tell their identity."""
-    policy_name, ranker_name = recipe.model_name_or_path, recipe.rank.model_name_or_path
-    initial = Outside(policy_name, identify(policy_name, recipe.revision), recipe.revision)
-    source = Outside(recipe.prompts, identify(recipe.prompts, recipe.data.revision), recipe.data.revision)
-    ranker = Outside(ranker_name, identify(ranker_name, recipe.rank.revision), recipe.rank.revision)
-    judge_name = recipe.evaluate.model_name_or_path or recipe.rank.model_name_or_path
-    judge_revision = recipe.evaluate.revision if recipe.evaluate.model_name_or_path else recipe.rank.revision
-    judge = Outside(judge_name, identify(judge_name, judge_revision), judge_revision)
-    # Rankers are inputs, known by what they hold; where they lie is not a setting of the jobs.
-    evaluation = dataclasses.replace(
-        recipe.evaluate, ranker=recipe.evaluate.ranker or recipe.rank.ranker, model_name_or_path="", revision=None
-    )
-    ranking = dataclasses.replace(recipe.rank, model_name_or_path="", revision=None, num_shards=None)
+    initial = outside(recipe.model_name_or_path, recipe.revision)
+    source = outside(recipe.prompts, recipe.data.revision)
+    judging = evaluate.judging(recipe.evaluate, recipe.rank)
+    judges = {name: judge or initial for name, judge in ranker_inputs(judging).items()}
+    rankers = ranker_inputs(recipe.rank)
+    evaluation = without_models(judging)
+    ranking = dataclasses.replace(without_models(recipe.rank), num_shards=None)
     answers = dataclasses.replace(
         recipe.generate,
         n=1,
@@ -207,7 +216,10 @@ def build_graph(recipe: Recipe) -> Graph:
             iteration,
             "rank",
             ranking,
-            {"responses": Edge(generated, "rows.parquet", "shard"), "ranker": ranker},
+            {
+                "responses": Edge(generated, "rows.parquet", "shard"),
+                **{name: ranker or policy for name, ranker in rankers.items()},
+            },
             shards,
         )
         paired = add(iteration, "pairs", recipe.pairs, {"ranked": Edge(ranked, "rows.parquet"), "policy": policy})
@@ -240,7 +252,7 @@ def build_graph(recipe: Recipe) -> Graph:
             {
                 "answers": Edge(answered, "rows.parquet"),
                 "baseline": Edge(baseline_job, "rows.parquet"),
-                "ranker": judge,
+                **judges,
             },
         )
     return make_graph(jobs)

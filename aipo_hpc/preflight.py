@@ -12,6 +12,7 @@ from typing import Any
 from aipo_hpc.errors import DataError
 from aipo_hpc.graph import Edge, Graph, Job, Outside
 from aipo_hpc.identity import looks_local
+from aipo_hpc.rankers.config import RANKERS, models
 
 
 def resolve(graph: Graph) -> Graph:
@@ -21,18 +22,28 @@ def resolve(graph: Graph) -> Graph:
     """
     known: dict[tuple[str, Outside], Outside] = {}
 
-    def resolved(name: str, source: Edge | Outside) -> Edge | Outside:
+    def resolved(job: Job, name: str, source: Edge | Outside) -> Edge | Outside:
         if isinstance(source, Edge):
             return source
-        kind = "policy" if name == "reference" else name
+        kind = _kind(job, name)
         if (kind, source) not in known:
             known[kind, source] = dataclasses.replace(source, value=_check(kind, source))
         return known[kind, source]
 
     def with_inputs(job: Job) -> Job:
-        return dataclasses.replace(job, inputs={name: resolved(name, source) for name, source in job.inputs.items()})
+        return dataclasses.replace(
+            job, inputs={name: resolved(job, name, source) for name, source in job.inputs.items()}
+        )
 
     return dataclasses.replace(graph, jobs={name: with_inputs(job) for name, job in graph.jobs.items()})
+
+
+def _kind(job: Job, name: str) -> str:
+    """What an outside input is checked as: policy, source, ranker, chat ranker."""
+    if name == "ranker" or name.startswith("ranker."):
+        single = models(job.config)[name]
+        return "chat ranker" if RANKERS[single.ranker].chat else "ranker"
+    return "policy" if name == "reference" else name
 
 
 def _check(kind: str, source: Outside) -> str:
@@ -44,7 +55,7 @@ def _check(kind: str, source: Outside) -> str:
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")
     _read_json(folder / "config.json")
     _check_weights(folder)
-    if kind == "policy":
+    if kind in ("policy", "chat ranker"):
         _check_chat_template(folder)
     return str(folder)
 

@@ -14,11 +14,12 @@ from typing import Literal
 
 import tyro
 
-from aipo_hpc import engines, rankers
+from aipo_hpc.engines import check_engine
 from aipo_hpc.errors import RecipeError
+from aipo_hpc.rankers.config import check_models, check_ranker
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
-from aipo_hpc.stages.evaluate import EvaluateConfig
+from aipo_hpc.stages.evaluate import EvaluateConfig, judging
 from aipo_hpc.stages.generate import GenerateConfig
 from aipo_hpc.stages.pairs import PairsConfig
 from aipo_hpc.stages.prompts import PromptsConfig
@@ -100,10 +101,12 @@ class Recipe:
 
 def validate(recipe: Recipe) -> None:
     """Raise RecipeError for the first value that does not make sense."""
-    for ranker in filter(None, (recipe.rank.ranker, recipe.evaluate.ranker)):
-        rankers.check_ranker(ranker)
-    if recipe.generate.engine not in engines.ENGINES:
-        raise engines.unknown_engine(recipe.generate.engine)
+    check_ranker(recipe.rank)
+    check_models(recipe.rank)
+    if recipe.evaluate.ranker:
+        check_ranker(recipe.evaluate, "evaluate")
+    check_models(judging(recipe.evaluate, recipe.rank), "evaluate")
+    check_engine(recipe.generate)
     if recipe.pairs.selection != "best_worst":
         raise RecipeError(f"pairs.selection={recipe.pairs.selection!r}: no such selection; there is best_worst.")
     wrong = [
@@ -113,10 +116,6 @@ def validate(recipe: Recipe) -> None:
         ),
         (not recipe.model_name_or_path, "model_name_or_path is not set: give the initial policy, a path or hub name."),
         (not recipe.prompts, "prompts is not set: give a dataset id or the path of a .jsonl or .parquet file."),
-        (
-            not recipe.rank.model_name_or_path,
-            "rank.model_name_or_path is not set: give the ranker, a path or hub name.",
-        ),
         (
             recipe.drive == "chain" and recipe.cluster != "slurm",
             f"drive=chain needs cluster=slurm, not {recipe.cluster}: its steps are Slurm jobs. Use drive=follow.",

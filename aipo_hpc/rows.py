@@ -58,6 +58,23 @@ class Responses:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What one ranker said of a prompt's candidates: that of each member of an ensemble, of any other ranker the only one.
+
+    ``replies`` and what follows are counts of a judge's replies, see ``rankers.Ranking``.
+    """
+
+    ranker: str
+    scores: list[float]
+    prompt_truncated: bool = False
+    replies: int = 0
+    unparsable: int = 0
+    ties: int = 0
+    contradictions: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Ranked:
     """Responses with a score (higher is better) and a rank (1 is best, ties share the better rank) per candidate."""
 
@@ -70,6 +87,7 @@ class Ranked:
     truncated: list[bool]
     """Which candidates the ranker saw only in part."""
     error: str | None = None
+    opinions: list[Opinion] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)

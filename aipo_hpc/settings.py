@@ -29,9 +29,16 @@ def memory_bound(default: Any, *, unset: int | None = None, divides: bool = Fals
 
 
 def with_smaller_batches(settings: Settings, divisor: int) -> Settings:
-    """The settings with every field that was declared with ``memory_bound`` divided, down to 1."""
-    lowered: dict[str, int] = {}
+    """The settings with every field that was declared with ``memory_bound`` divided, down to 1; nested ones too."""
+    lowered: dict[str, Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        inner = getattr(settings, field.name)
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+            lowered[field.name] = with_smaller_batches(inner, divisor)
+        elif isinstance(inner, tuple):
+            lowered[field.name] = tuple(
+                with_smaller_batches(each, divisor) if dataclasses.is_dataclass(each) else each for each in inner
+            )
         if _BATCH not in field.metadata or divisor == 1:
             continue
         unset, divides = field.metadata[_BATCH]
@@ -77,6 +84,10 @@ def plain(value: Any, nested: Any) -> Any:
     return str(value)
 
 
+def _item(kind: Any, value: Any) -> Any:
+    return from_plain(kind, value) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else value
+
+
 def from_plain(kind: type[Settings], values: dict[str, Any]) -> Settings:
     """Make settings from what ``everything`` gave. Raises RecipeError for a name that the settings do not have."""
     hints = typing.get_type_hints(kind)
@@ -89,6 +100,6 @@ def from_plain(kind: type[Settings], values: dict[str, Any]) -> Settings:
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             value = from_plain(typing.cast(type[Any], hints[name]), value)
         elif isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
-            value = tuple(value)
+            value = tuple(_item(typing.get_args(hints[name])[0], each) for each in value)
         made[name] = value
     return kind(**made)

@@ -8,7 +8,8 @@ import torch
 from pairrm_checkpoint import Checkpoint, build_checkpoint
 
 from aipo_hpc.errors import DataError, RecipeError
-from aipo_hpc.rankers import Ranking, load_ranker
+from aipo_hpc.rankers import Ranker, Ranking, from_texts, load_ranker
+from aipo_hpc.rankers.config import RankerConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:dataclasses_json"),
@@ -53,6 +54,10 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     return build_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=1)
 
 
+def loaded(name: str, folder: str, **settings: str) -> Ranker:
+    return load_ranker(RankerConfig(ranker=name, **settings), {"ranker": folder})
+
+
 def assert_same(ours: list[Ranking], theirs: list[Ranking]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert (a.error, a.truncated, a.prompt_truncated) == (b.error, b.truncated, b.prompt_truncated)
@@ -65,38 +70,38 @@ def assert_same(ours: list[Ranking], theirs: list[Ranking]) -> None:
 @needs_llm_blender
 @pytest.mark.parametrize("texts", [ENGLISH, NON_ASCII], ids=["english", "non-ascii"])
 def test_ranks_and_scores_are_those_of_llm_blender(checkpoint, texts):
-    ours = load_ranker("pairrm", str(checkpoint.pairrm)).rank(*texts)
-    theirs = load_ranker("llm_blender", str(checkpoint.pairrm)).rank(*texts)
+    ours = loaded("pairrm", str(checkpoint.pairrm)).rank(from_texts(*texts))
+    theirs = loaded("llm_blender", str(checkpoint.pairrm)).rank(from_texts(*texts))
     assert_same(ours, theirs)
     assert len({rank for ranking in ours for rank in ranking.ranks}) > 2
 
 
 @needs_llm_blender
 def test_llm_blender_reads_what_we_save(checkpoint, tmp_path):
-    ours = load_ranker("pairrm", str(checkpoint.pairrm))
+    ours = loaded("pairrm", str(checkpoint.pairrm))
     ours.save(tmp_path / "saved")
-    theirs = load_ranker("llm_blender", str(tmp_path / "saved"))
-    assert_same(ours.rank(*NON_ASCII), theirs.rank(*NON_ASCII))
+    theirs = loaded("llm_blender", str(tmp_path / "saved"))
+    assert_same(ours.rank(from_texts(*NON_ASCII)), theirs.rank(from_texts(*NON_ASCII)))
 
 
 @needs_llm_blender
 def test_odd_inputs_get_the_same_answers_from_both(checkpoint):
     odd = (["p", "p", "p"], [[], ["alone"], ["same", "same"]])
     assert_same(
-        load_ranker("pairrm", str(checkpoint.pairrm)).rank(*odd),
-        load_ranker("llm_blender", str(checkpoint.pairrm)).rank(*odd),
+        loaded("pairrm", str(checkpoint.pairrm)).rank(from_texts(*odd)),
+        loaded("llm_blender", str(checkpoint.pairrm)).rank(from_texts(*odd)),
     )
 
 
 def test_without_the_package_the_error_names_the_extra(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_blender", None)
     with pytest.raises(RecipeError, match=r"install aipo_hpc\[llm-blender\]"):
-        load_ranker("llm_blender", str(checkpoint.pairrm))
+        loaded("llm_blender", str(checkpoint.pairrm))
 
 
 @needs_llm_blender
 def test_the_reference_refuses_what_it_cannot_do(checkpoint):
     with pytest.raises(RecipeError, match="float32 only"):
-        load_ranker("llm_blender", str(checkpoint.pairrm), dtype="bfloat16")
+        loaded("llm_blender", str(checkpoint.pairrm), dtype="bfloat16")
     with pytest.raises(DataError, match="PairRM-hf format"):
-        load_ranker("llm_blender", str(checkpoint.hf))
+        loaded("llm_blender", str(checkpoint.hf))

@@ -11,7 +11,8 @@ from pairrm_checkpoint import PREFIXES, Checkpoint, build_checkpoint, build_toke
 from safetensors.torch import load_file, save_file
 
 from aipo_hpc.errors import DataError, RecipeError
-from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, load_ranker
+from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, from_texts, load_ranker
+from aipo_hpc.rankers.config import RankerConfig
 from aipo_hpc.rankers.deberta import Encoder, EncoderConfig, log_buckets
 from aipo_hpc.rankers.pairrm import PairRM
 
@@ -22,6 +23,8 @@ CANDIDATES = [
     ["散歩します。", "A good answer is correct, complete and short."],
     ["Split it in two halves and merge them.", "def f(x): return x", "", "Bread needs flour.", "0 1 2 3"],
 ]
+
+ROWS = from_texts(PROMPTS, CANDIDATES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +46,7 @@ def ranker(checkpoint) -> PairRM:
 
 
 def only(ranker: PairRM, prompt: str, candidates: list[str]) -> Ranking:
-    (ranking,) = ranker.rank([prompt], [candidates])
+    (ranking,) = ranker.rank(from_texts([prompt], [candidates]))
     return ranking
 
 
@@ -93,7 +96,7 @@ def test_distances_fall_into_the_buckets_of_transformers():
 
 def test_both_published_formats_give_the_same_verdicts(checkpoint, ranker):
     hf = PairRM.load(str(checkpoint.hf), device="cpu")
-    assert close(hf.rank(PROMPTS, CANDIDATES), ranker.rank(PROMPTS, CANDIDATES))
+    assert close(hf.rank(ROWS), ranker.rank(ROWS))
 
 
 def test_the_base_model_is_not_needed(checkpoint, ranker, tmp_path):
@@ -101,13 +104,13 @@ def test_the_base_model_is_not_needed(checkpoint, ranker, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"model_name": "microsoft/deberta-v3-large"}))
     alone = PairRM.load(str(folder), device="cpu")
-    assert close(alone.rank(PROMPTS, CANDIDATES), ranker.rank(PROMPTS, CANDIDATES))
+    assert close(alone.rank(ROWS), ranker.rank(ROWS))
 
 
 def test_a_saved_ranker_loads_as_it_was(ranker, tmp_path):
     ranker.save(tmp_path / "saved")
     saved = PairRM.load(str(tmp_path / "saved"), device="cpu")
-    assert close(saved.rank(PROMPTS, CANDIDATES), ranker.rank(PROMPTS, CANDIDATES))
+    assert close(saved.rank(ROWS), ranker.rank(ROWS))
 
 
 def test_a_saved_ranker_keeps_narrow_heads_and_its_limits(tmp_path):
@@ -117,12 +120,12 @@ def test_a_saved_ranker_keeps_narrow_heads_and_its_limits(tmp_path):
     saved = PairRM.load(str(tmp_path), device="cpu")
     assert saved.model.pretrained_model.config.num_attention_heads == 4
     assert saved.tokens.candidate_maxlength == 20
-    assert close(saved.rank(PROMPTS, CANDIDATES), new.rank(PROMPTS, CANDIDATES))
+    assert close(saved.rank(ROWS), new.rank(ROWS))
 
 
 def test_lower_precision_stays_near_the_reference(checkpoint, ranker):
     low = PairRM.load(str(checkpoint.pairrm), dtype="bfloat16", device="cpu")
-    assert close(low.rank(PROMPTS, CANDIDATES), ranker.rank(PROMPTS, CANDIDATES), tolerance=0.3)
+    assert close(low.rank(ROWS), ranker.rank(ROWS), tolerance=0.3)
 
 
 # Verdicts
@@ -141,20 +144,20 @@ def test_scores_are_the_mean_of_both_orders_of_all_pairs(ranker):
 
 
 def test_a_verdict_does_not_depend_on_the_rest_of_the_batch(ranker):
-    together = ranker.rank(PROMPTS, CANDIDATES)
+    together = ranker.rank(ROWS)
     alone = [only(ranker, *item) for item in zip(PROMPTS, CANDIDATES, strict=True)]
     assert close(together, alone)
     assert [ranking.ranks for ranking in together] == [ranking.ranks for ranking in alone]
     # A long prompt beside it would take from the others' budget in llm-blender.
-    beside_long, _ = ranker.rank([PROMPTS[0], "word " * 3000], [CANDIDATES[0], ["a", "b"]])
+    beside_long, _ = ranker.rank(from_texts([PROMPTS[0], "word " * 3000], [CANDIDATES[0], ["a", "b"]]))
     assert close([beside_long], alone[:1])
 
 
 def test_a_verdict_does_not_depend_on_the_size_of_batches(checkpoint, ranker):
     small = PairRM.load(str(checkpoint.pairrm), tokens_per_batch=1, device="cpu")
     large = PairRM.load(str(checkpoint.pairrm), tokens_per_batch=100_000, device="cpu")
-    assert close(small.rank(PROMPTS, CANDIDATES), large.rank(PROMPTS, CANDIDATES))
-    assert close(small.rank(PROMPTS, CANDIDATES), ranker.rank(PROMPTS, CANDIDATES))
+    assert close(small.rank(ROWS), large.rank(ROWS))
+    assert close(small.rank(ROWS), ranker.rank(ROWS))
 
 
 def test_the_order_of_candidates_only_reorders_the_verdict(ranker):
@@ -172,7 +175,7 @@ def test_equal_candidates_tie_exactly_and_share_the_better_rank(ranker):
 def test_equal_candidates_are_compared_once(ranker, monkeypatch):
     rows = []
     monkeypatch.setattr(ranker, "_logits", lambda batch, positions: rows.extend(batch) or torch.zeros(len(batch)))
-    ranker.rank(["p"], [["a", "b", "a", "b", "a"]])
+    ranker.rank(from_texts(["p"], [["a", "b", "a", "b", "a"]]))
     assert len(rows) == 2
 
 
@@ -188,10 +191,10 @@ def test_one_candidate_ranks_first_with_score_zero(ranker):
 
 
 def test_no_candidates_is_an_error_of_that_prompt_alone(ranker):
-    none, good = ranker.rank(["p", PROMPTS[0]], [[], CANDIDATES[0]])
+    none, good = ranker.rank(from_texts(["p", PROMPTS[0]], [[], CANDIDATES[0]]))
     assert none == Ranking((), (), (), error=NO_CANDIDATES)
     assert good.error is None
-    assert ranker.rank([], []) == []
+    assert ranker.rank([]) == []
 
 
 def test_an_empty_candidate_is_ranked_like_any_other(ranker):
@@ -202,10 +205,10 @@ def test_an_empty_candidate_is_ranked_like_any_other(ranker):
 
 def test_scores_that_are_not_finite_are_an_error_of_that_prompt_alone(checkpoint):
     broken = PairRM.load(str(checkpoint.pairrm), device="cpu")
-    before = broken.rank(PROMPTS[:1], CANDIDATES[:1])
+    before = broken.rank(ROWS[:1])
     (poison,) = broken.tokens.tokenizer.encode("[MASK]", add_special_tokens=False).ids
     broken.model.pretrained_model.embeddings["word_embeddings"].weight.data[poison] = float("nan")
-    bad, good = broken.rank(["p", PROMPTS[0]], [["fine", "[MASK]"], CANDIDATES[0]])
+    bad, good = broken.rank(from_texts(["p", PROMPTS[0]], [["fine", "[MASK]"], CANDIDATES[0]]))
     assert bad == Ranking((), (), (), error=NOT_FINITE)
     assert close([good], before)
 
@@ -350,18 +353,11 @@ def test_a_ranker_of_another_type_is_refused(checkpoint, tmp_path):
         PairRM.load(str(folder))
 
 
-def test_an_unknown_ranker_is_answered_with_the_nearest_name():
-    with pytest.raises(RecipeError, match=r"unknown ranker 'pair_rm'; did you mean 'pairrm'\? known: pairrm, llm_bl"):
-        load_ranker("pair_rm", "anywhere")
-    with pytest.raises(RecipeError, match="unknown ranker 'judge'; known"):
-        load_ranker("judge", "anywhere")
-
-
 def test_an_unknown_dtype_or_an_empty_batch_is_refused(checkpoint):
     with pytest.raises(RecipeError, match="dtype is 'fp32'; choose one of float32"):
-        load_ranker("pairrm", str(checkpoint.pairrm), dtype="fp32")
+        load_ranker(RankerConfig(dtype="fp32"), {"ranker": str(checkpoint.pairrm)})
     with pytest.raises(RecipeError, match="tokens_per_batch is 0"):
-        load_ranker("pairrm", str(checkpoint.pairrm), tokens_per_batch=0)
+        PairRM.load(str(checkpoint.pairrm), tokens_per_batch=0)
 
 
 def test_an_encoder_config_reads_what_it_writes():

@@ -57,11 +57,11 @@ def count_prompts(monkeypatch, die_after: int | None = None) -> list[str]:
     seen: list[str] = []
     original = PairRM.rank
 
-    def spy(self, prompts, candidates):
-        if die_after is not None and len(seen) + len(prompts) > die_after:
+    def spy(self, rows):
+        if die_after is not None and len(seen) + len(rows) > die_after:
             raise KeyboardInterrupt
-        seen.extend(prompts)
-        return original(self, prompts, candidates)
+        seen.extend(row.prompt for row in rows)
+        return original(self, rows)
 
     monkeypatch.setattr(PairRM, "rank", spy)
     return seen
@@ -75,9 +75,7 @@ def test_rows_keep_the_inputs_order_and_carry_scores_and_ranks(checkpoint, tmp_p
     assert outcome.rows == 5
     found = ranked(job.out)
     assert [row.prompt_id for row in found] == [row.prompt_id for row in rows]
-    expected = PairRM.load(str(checkpoint.pairrm)).rank(
-        [row.prompt for row in rows], [[candidate.response for candidate in row.candidates] for row in rows]
-    )
+    expected = PairRM.load(str(checkpoint.pairrm)).rank(rows)
     for row, source, ranking in zip(found, rows, expected, strict=True):
         assert (row.prompt, row.messages, row.candidates) == (source.prompt, source.messages, source.candidates)
         assert row.scores == pytest.approx(list(ranking.scores), abs=1e-5)
@@ -103,6 +101,7 @@ def test_every_oddity_is_counted_and_none_stops_the_shard(checkpoint, tmp_path):
         "non_finite": 0,
         "candidates": 11,
         "truncated_candidates": 1,
+        "truncated_prompts": 0,
         "empty_candidates": 2,
         "identical": 1,
         "single": 1,

@@ -3,15 +3,45 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Protocol
+from typing import ClassVar, Protocol
 
 from aipo_hpc.errors import RecipeError
-
-if TYPE_CHECKING:
-    from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.settings import memory_bound, tuning
 
 ENGINES = ("vllm", "transformers")
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is told: which one, how it samples, how much it may take. Whoever samples extends it."""
+
+    section: ClassVar[str] = "engine"
+    """Where a recipe has these settings, for messages."""
+    engine: str = "vllm"
+    """vllm, or transformers (CPU, small models)."""
+    temperature: float = 1.0
+    """Sampling temperature (0: greedy)."""
+    top_p: float = 1.0
+    """Nucleus probability mass."""
+    top_k: int = 0
+    """Most likely tokens to draw from (0: all)."""
+    max_tokens: int = 512
+    """Longest response in tokens."""
+    max_prompt_tokens: int = 512
+    """Longest prompt in tokens."""
+    dtype: str = "bfloat16"
+    """Precision of the weights: bfloat16, float16 or float32."""
+    batch_size: int = 16
+    """Prompts per batch of the transformers engine (its floating-point results depend on it)."""
+    tensor_parallel_size: int = tuning(1)
+    """GPUs that hold one copy of the model (vllm)."""
+    gpu_memory_utilization: float = tuning(0.9)
+    """Share of the GPU's memory that vllm takes."""
+    max_num_seqs: int = memory_bound(256)
+    """Sequences that vllm decodes at once."""
+    enforce_eager: bool = tuning(False)
+    """Skip vllm's graph capture: starts faster, decodes slower."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +76,28 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(config: "GenerateConfig", model: str) -> Engine:
-    """Load ``model`` into the engine that ``config.engine`` names."""
+def load_engine(config: EngineConfig, model: str) -> Engine:
+    """Load ``model`` into the engine that ``config.engine`` names. Raises RecipeError if there is none of that name."""
+    check_engine(config)
     if config.engine == "vllm":
         from aipo_hpc.engines.vllm import VllmEngine
 
         return VllmEngine(config, model)
-    if config.engine == "transformers":
-        from aipo_hpc.engines.transformers import TransformersEngine
+    from aipo_hpc.engines.transformers import TransformersEngine
 
-        return TransformersEngine(config, model)
-    raise unknown_engine(config.engine)
+    return TransformersEngine(config, model)
 
 
-def prompts_per_batch(config: "GenerateConfig") -> int:
+def prompts_per_batch(config: EngineConfig) -> int:
     """How many prompts a resumed shard asks for together: vllm batches as requests come, so there each is on its own."""
     return config.batch_size if config.engine == "transformers" else 1
 
 
-def unknown_engine(name: str) -> RecipeError:
-    """The error for an engine that is not there."""
-    close = get_close_matches(name, ENGINES, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return RecipeError(f"generate.engine={name!r}: no such engine; there are {', '.join(ENGINES)}.{hint}")
+def check_engine(config: EngineConfig) -> None:
+    """Make sure that there is an engine called ``config.engine``, without importing it; raises RecipeError."""
+    if config.engine not in ENGINES:
+        close = get_close_matches(config.engine, ENGINES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(
+            f"{config.section}.engine={config.engine!r}: no such engine; there are {', '.join(ENGINES)}.{hint}"
+        )

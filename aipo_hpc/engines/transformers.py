@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from aipo_hpc.chat import load_tokenizer
-from aipo_hpc.engines import Completion, Request
-from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.engines import Completion, EngineConfig, Request
 
 
 class GumbelNoise(LogitsProcessor):
@@ -41,7 +40,7 @@ class GumbelNoise(LogitsProcessor):
 class TransformersEngine:
     """A causal language model in this process."""
 
-    def __init__(self, config: GenerateConfig, model: str) -> None:
+    def __init__(self, config: EngineConfig, model: str) -> None:
         self._config = config
         self._tokenizer = load_tokenizer(model)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

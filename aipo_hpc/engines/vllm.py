@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
-from aipo_hpc.engines import Completion, Request
+from aipo_hpc.engines import Completion, EngineConfig, Request
 from aipo_hpc.engines.guard import guard_children
 from aipo_hpc.errors import RecipeError
-from aipo_hpc.stages.generate import GenerateConfig
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -26,7 +25,7 @@ _WINDOW = 4
 class VllmEngine:
     """A vLLM engine; its worker processes end with this process."""
 
-    def __init__(self, config: GenerateConfig, model: str) -> None:
+    def __init__(self, config: EngineConfig, model: str) -> None:
         """Start the engine. Raises RecipeError for settings that vLLM does not take, e.g. more tokens than the model can."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
@@ -47,7 +46,7 @@ class VllmEngine:
             )
         except ValueError as error:
             raise RecipeError(
-                f"vllm does not take these settings for {model}: {error}\nMend the generate.* fields it speaks of "
+                f"vllm does not take these settings for {model}: {error}\nMend the {config.section}.* fields it speaks of "
                 f"(max_model_len is max_prompt_tokens={config.max_prompt_tokens} + max_tokens={config.max_tokens})."
             ) from error
         # An engine that is still referenced at the exit (by an error's frames, say) must end before multiprocessing waits

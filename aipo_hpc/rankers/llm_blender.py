@@ -20,12 +20,21 @@ from typing import Any
 from unittest import mock
 
 from aipo_hpc.errors import DataError, RecipeError
-from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, pairrm_folder
+from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, failed, pairrm_folder
+from aipo_hpc.rankers.config import SingleConfig
 from aipo_hpc.rankers.pairrm_tokens import PairTokens, clean_text
+from aipo_hpc.rows import Responses
+
+
+def load(config: SingleConfig, model: str, seed: int) -> "LLMBlender":
+    """Load the ranker that the settings name; nothing in it is drawn."""
+    return LLMBlender.load(model, revision=config.revision, dtype=config.dtype)
 
 
 class LLMBlender:
     """Ranks one prompt at a time: in larger batches the package cuts candidates by the longest prompt of the batch."""
+
+    prompts_per_call = 16
 
     def __init__(self, blender: Any, tokens: PairTokens) -> None:
         self.blender = blender
@@ -59,23 +68,23 @@ class LLMBlender:
             blender.loadranker(str(folder), device=device, fp16=False)
         return cls(blender, PairTokens(tokenizer, settings["source_maxlength"], settings["candidate_maxlength"]))
 
-    def rank(self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[Ranking]:
+    def rank(self, rows: Sequence[Responses]) -> list[Ranking]:
         """Rank each prompt's candidates; a prompt that cannot be ranked gets a Ranking with an error."""
-        return [self._rank(prompt, texts) for prompt, texts in zip(prompts, candidates, strict=True)]
+        return [self._rank(row.prompt, [candidate.response for candidate in row.candidates]) for row in rows]
 
     def _rank(self, prompt: str, texts: Sequence[str]) -> Ranking:
         import numpy as np
         from llm_blender.blender.blender import get_ranks_from_scores
 
         if not texts:
-            return Ranking((), (), (), error=NO_CANDIDATES)
+            return failed(NO_CANDIDATES)
         encoded = self._tokens.encode(prompt, texts)
         scores = np.zeros(1)
         if len(texts) > 1:
             cleaned = [clean_text(text) for text in texts]
             (scores,) = self.blender.rank([clean_text(prompt)], [cleaned], return_scores=True, batch_size=1)
         if not np.isfinite(scores).all():
-            return Ranking((), (), (), error=NOT_FINITE)
+            return failed(NOT_FINITE)
         ranks = tuple(int(rank) for rank in get_ranks_from_scores(scores))
         return Ranking(tuple(map(float, scores)), ranks, encoded.truncated, prompt_truncated=encoded.prompt_truncated)
 

@@ -18,7 +18,8 @@ closer than that may swap ranks; equal candidates are scored once, and so tie ex
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from aipo_hpc.errors import DataError, RecipeError
-from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, pairrm_folder
+from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, Ranking, failed, pairrm_folder, ranks_of
+from aipo_hpc.rankers.batching import token_batches
+from aipo_hpc.rankers.config import SingleConfig
 from aipo_hpc.rankers.deberta import Encoder, EncoderConfig, Positions
 from aipo_hpc.rankers.pairrm_tokens import Comparison, Encoded, PairTokens
+from aipo_hpc.rows import Responses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,8 +70,15 @@ class PairRMModel(nn.Module):
         return logits
 
 
+def load(config: SingleConfig, model: str, seed: int) -> "PairRM":
+    """Load the ranker that the settings name; nothing in it is drawn."""
+    return PairRM.load(model, revision=config.revision, dtype=config.dtype, tokens_per_batch=config.tokens_per_batch)
+
+
 class PairRM:
     """A ranker. ``load`` or ``new`` makes one; ``rank`` uses it; ``compare`` trains it; ``save`` writes it."""
+
+    prompts_per_call = 16
 
     def __init__(
         self,
@@ -154,31 +165,28 @@ class PairRM:
             rows.append((encoded.source, left, right))
         return self._logits(rows, None)
 
-    def rank(self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[Ranking]:
-        """Rank each prompt's candidates; a prompt that cannot be ranked gets a Ranking with an error."""
-        encoded = [self.tokens.encode(prompt, texts) for prompt, texts in zip(prompts, candidates, strict=True)]
+    def rank(self, rows: Sequence[Responses]) -> list[Ranking]:
+        """Rank each prompt's candidates by the prompt's text; one that cannot be ranked gets a Ranking with an error."""
+        encoded = [self.tokens.encode(row.prompt, [each.response for each in row.candidates]) for row in rows]
         wins = [torch.zeros(len(item.different), len(item.different), dtype=torch.float64) for item in encoded]
         pairs = [
-            (len(item.source) + len(item.different[i]) + len(item.different[j]), number, i, j)
+            (number, i, j)
             for number, item in enumerate(encoded)
             for i in range(len(item.different))
             for j in range(len(item.different))
             if i != j
         ]
-        # Longest first, so that memory for the largest batch is asked for at the start; the rest of the key makes the
-        # order, and with it every batch, a function of the input alone.
-        pairs.sort(key=lambda pair: (-pair[0], *pair[1:]))
+        comparisons = [_comparison(encoded[number], i, j) for number, i, j in pairs]
+        batches = list(token_batches([sum(map(len, parts)) for parts in comparisons], self.tokens_per_batch))
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
             positions = self.model.pretrained_model.positions()
-            logits = [
-                self._logits([_comparison(encoded[number], i, j) for _, number, i, j in batch], positions)
-                for batch in _batches(pairs, self.tokens_per_batch)
-            ]
+            logits = [self._logits([comparisons[index] for index in batch], positions) for batch in batches]
             values = torch.cat(logits).tolist() if logits else []
         self.model.train(was_training)
-        for (_, number, i, j), value in zip(pairs, values, strict=True):
+        for index, value in zip(chain.from_iterable(batches), values, strict=True):
+            number, i, j = pairs[index]
             wins[number][i, j] = value
         return [_ranking(item, matrix) for item, matrix in zip(encoded, wins, strict=True)]
 
@@ -193,30 +201,18 @@ def _comparison(encoded: Encoded, i: int, j: int) -> Comparison:
     return encoded.source, encoded.different[i], encoded.different[j]
 
 
-def _batches(
-    pairs: Sequence[tuple[int, int, int, int]], tokens_per_batch: int
-) -> Iterator[Sequence[tuple[int, int, int, int]]]:
-    """Cut pairs, longest first, into batches of at most that many tokens with padding, or of a single pair."""
-    start = 0
-    while start < len(pairs):
-        end = start + max(1, tokens_per_batch // pairs[start][0])
-        yield pairs[start:end]
-        start = end
-
-
 def _ranking(encoded: Encoded, wins: Tensor) -> Ranking:
     """Turn the matrix of comparisons between the different candidates into scores and ranks of all candidates."""
     if not encoded.which:
-        return Ranking((), (), (), error=NO_CANDIDATES)
+        return failed(NO_CANDIDATES)
     if not bool(torch.isfinite(wins).all()):
-        return Ranking((), (), (), error=NOT_FINITE)
+        return failed(NOT_FINITE)
     # Equal candidates beat each other by the same amount either way, so they add nothing to each other's score.
     times = torch.bincount(torch.tensor(encoded.which)).double()
     by_difference = ((wins - wins.T) @ times / len(encoded.which)).tolist()
     scores = tuple(by_difference[index] for index in encoded.which)
     assert all(map(math.isfinite, scores))
-    ranks = tuple(1 + sum(other > score for other in scores) for score in scores)
-    return Ranking(scores, ranks, encoded.truncated, prompt_truncated=encoded.prompt_truncated)
+    return Ranking(scores, ranks_of(scores), encoded.truncated, prompt_truncated=encoded.prompt_truncated)
 
 
 def _assign(model: PairRMModel, tensors: dict[str, Tensor], path: Path) -> None:

@@ -8,11 +8,13 @@ Files: ``verdicts.parquet``, ``metrics.json``.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import fmean, stdev
+from typing import Any
 
 from aipo_hpc.errors import DataError
 from aipo_hpc.length_control import length_controlled
+from aipo_hpc.rankers.config import RankerConfig
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Responses, Verdict, read_rows, write_rows
 from aipo_hpc.settings import memory_bound, tuning
@@ -23,24 +25,31 @@ METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(RankerConfig):
     """How a policy's answers to the held-out prompts are sampled and judged."""
+
+    ranker: str = ""
+    """The ranker that judges (empty: the recipe's, with all of its settings but the model if one is given here)."""
+    model_name_or_path: str = ""
+    """The ranker's model (empty: the recipe's rank.model_name_or_path; 'policy': the initial policy)."""
 
     temperature: float = 0.7
     """Sampling temperature of the answers (0: greedy)."""
     num_shards: int = 1
     """Shards of the array that samples the answers."""
-    ranker: str = ""
-    """The judge (empty: the recipe's rank.ranker)."""
-    model_name_or_path: str = ""
-    """The judge's model (empty: the recipe's rank.model_name_or_path)."""
-    revision: str | None = None
-    """Revision of the judge's model on the hub."""
-    dtype: str = "float32"
-    """Precision of the judge's arithmetic."""
-    tokens_per_batch: int = memory_bound(16384)
-    """Tokens the judge reads at once."""
+    tokens_per_batch: int | None = memory_bound(16384)
+    """Tokens the ranker reads at once."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
+
+
+def judging(config: EvaluateConfig, ranking: RankerConfig) -> EvaluateConfig:
+    """The settings with the recipe's own ranker in them where they name none."""
+    model = config if config.model_name_or_path else ranking
+    taken: dict[str, Any] = {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
+    if not config.ranker:
+        theirs = {field.name: getattr(ranking, field.name) for field in fields(RankerConfig)}
+        taken = {**theirs, "tokens_per_batch": config.tokens_per_batch, **taken}
+    return replace(config, **taken)
 
 
 def run(config: EvaluateConfig, task: Task) -> Outcome:
@@ -53,18 +62,13 @@ def run(config: EvaluateConfig, task: Task) -> Outcome:
     if not both:
         errors = sorted({row.error for row in (*answers, *baseline.values()) if row.error})[:3]
         raise DataError(f"{task.job}: no held-out prompt was answered by both policies; first errors: {errors}")
-    ranker = load_ranker(
-        config.ranker,
-        task.inputs["ranker"].model,
-        revision=config.revision,
-        dtype=config.dtype,
-        tokens_per_batch=config.tokens_per_batch,
-    )
-    texts = [(row.candidates[0].response, baseline[row.prompt_id].candidates[0].response) for row in both]
-    rankings = ranker.rank([row.prompt for row in both], texts)
+    models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
+    ranker = load_ranker(config, models, task.seed)
+    asked = [replace(row, candidates=[row.candidates[0], baseline[row.prompt_id].candidates[0]]) for row in both]
+    rankings = ranker.rank(asked)
     verdicts = [
-        judge(row, mine, theirs, ranking.scores)
-        for row, (mine, theirs), ranking in zip(both, texts, rankings, strict=True)
+        judge(row, row.candidates[0].response, row.candidates[1].response, ranking.scores)
+        for row, ranking in zip(asked, rankings, strict=True)
         if ranking.error is None
     ]
     if not verdicts:

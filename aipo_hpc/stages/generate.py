@@ -5,15 +5,16 @@ sampled depends neither on the sharding nor on retries, as far as the engine's a
 A prompt that the engine refuses is recorded with its error and skipped; finished prompts are kept as they finish.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Prompt, Responses, read_rows
-from aipo_hpc.settings import memory_bound, tuning
+from aipo_hpc.seeds import derived_seed
+from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(EngineConfig):
     """How responses are sampled. Defaults of the sampling are the paper's (Shen et al. 2024, arXiv 2409.08845)."""
 
-    engine: str = "vllm"
-    """vllm, or transformers (CPU, small models)."""
+    section: ClassVar[str] = "generate"
     n: int = 5
     """Candidates per prompt."""
     num_prompts: int | None = None
@@ -36,8 +36,6 @@ class GenerateConfig:
     """Shards of the array, each a task of its own."""
     temperature: float = 0.4
     """Sampling temperature (0: greedy)."""
-    top_p: float = 1.0
-    """Nucleus probability mass."""
     top_k: int = 50
     """Most likely tokens to draw from (0: all)."""
     max_tokens: int = 2048
@@ -46,18 +44,6 @@ class GenerateConfig:
     """Longest prompt in tokens; longer ones are recorded and skipped."""
     system_message: str | None = None
     """System message put before every conversation that has none."""
-    dtype: str = "bfloat16"
-    """Precision of the weights: bfloat16, float16 or float32."""
-    batch_size: int = 16
-    """Prompts per batch of the transformers engine (its floating-point results depend on it)."""
-    tensor_parallel_size: int = tuning(1)
-    """GPUs that hold one copy of the model (vllm)."""
-    gpu_memory_utilization: float = tuning(0.9)
-    """Share of the GPU's memory that vllm takes."""
-    max_num_seqs: int = memory_bound(256)
-    """Sequences that vllm decodes at once."""
-    enforce_eager: bool = tuning(False)
-    """Skip vllm's graph capture: starts faster, decodes slower."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=8))
 
 
@@ -110,8 +96,7 @@ def shard_of(prompts: Sequence[Prompt], task: Task) -> Sequence[Prompt]:
 
 def sampling_seed(seed: int, iteration: int, prompt_id: str, candidate: int) -> int:
     """The seed of one candidate, below 2**31."""
-    text = f"{seed}\0{iteration}\0{prompt_id}\0{candidate}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+    return derived_seed(seed, iteration, prompt_id, candidate)
 
 
 def put(prompt: Prompt, system_message: str | None) -> Prompt:

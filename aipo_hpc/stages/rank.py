@@ -1,37 +1,27 @@
 """Rank the candidates of each prompt: Responses -> Ranked.
 
-Prompts are ranked a few at a time and kept as they are done, so a killed attempt costs seconds. A prompt without
-candidates, or one the ranker cannot judge, becomes a row with an error and no scores; it never stops the shard.
+Prompts are ranked a few at a time and kept as they are done, so a killed attempt costs seconds. What is ranked together
+stays together in a later attempt, so that a ranker whose arithmetic depends on the batch gives the same scores. A prompt
+without candidates, or one the ranker cannot judge, becomes a row with an error and no scores; it never stops the shard. Every
+score of every ranker is kept, so that choosing other pairs never ranks again.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from aipo_hpc.progress import ROWS, Progress
-from aipo_hpc.rankers import NOT_FINITE, Ranking, load_ranker
+from aipo_hpc.rankers import NOT_FINITE, Ranking, failed, load_ranker
+from aipo_hpc.rankers.config import RankerConfig
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import Ranked, Responses, read_rows
-from aipo_hpc.settings import memory_bound, tuning
+from aipo_hpc.rows import Opinion, Ranked, Responses, read_rows
+from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
-
-_PROMPTS_PER_CHUNK = 16
-"""Enough comparisons to fill batches of equal length, few enough to lose little to a kill."""
 
 
 @dataclass(frozen=True)
-class RankConfig:
+class RankConfig(RankerConfig):
     """Settings of the rank stage."""
 
-    ranker: str = "pairrm"
-    """Which ranker: pairrm, or llm_blender (the same model through its authors' package, slower)."""
-    model_name_or_path: str = ""
-    """The ranker's checkpoint: a folder or a model id on the hub, e.g. llm-blender/PairRM."""
-    revision: str | None = None
-    """Branch, tag or commit of the checkpoint on the hub (None: its main branch)."""
-    dtype: str = "float32"
-    """Precision of the encoder: float32 (the reference), bfloat16 or float16 (faster, change some ranks)."""
-    tokens_per_batch: int | None = memory_bound(None, unset=2048)
-    """Tokens of one forward pass, padding included (None: 2048 on a CPU, 16384 on a GPU)."""
     num_shards: int | None = None
     """Shards of the job (None: as many as generate, because rank shard i reads generate shard i)."""
     resources: Resources = tuning(Resources(gpus_per_node=1))
@@ -39,54 +29,76 @@ class RankConfig:
 
 
 def run(config: RankConfig, task: Task) -> Outcome:
-    """Rank the inputs' prompts with the ranker in ``task.inputs["ranker"]``, in the order of ``rows.parquet``.
+    """Rank the inputs' prompts with the models in the inputs ``ranker...``, in the order of ``rows.parquet``.
 
     Raises:
         RecipeError: an unknown ranker or dtype, or a ranker whose package is not installed.
-        DataError: the ranker's checkpoint cannot be used.
+        DataError: a ranker's model cannot be used.
     """
     responses = list(read_rows(task.inputs["responses"].named(ROWS), Responses))
     with Progress(task, Ranked) as progress:
-        open_rows = [row for row in responses if row.prompt_id not in progress]
-        for row in open_rows:
-            if row.error is not None:
-                progress.append(_ranked(row, Ranking((), (), (), error=row.error)))
-        to_rank = [row for row in open_rows if row.error is None]
-        if to_rank:
-            ranker = load_ranker(
-                config.ranker,
-                task.inputs["ranker"].model,
-                revision=config.revision,
-                dtype=config.dtype,
-                tokens_per_batch=config.tokens_per_batch,
-            )
-            for chunk in _chunks(to_rank):
-                texts = [[candidate.response for candidate in row.candidates] for row in chunk]
-                for row, ranking in zip(chunk, ranker.rank([row.prompt for row in chunk], texts), strict=True):
-                    progress.append(_ranked(row, ranking))
+        for row in responses:
+            if row.error is not None and row.prompt_id not in progress:
+                progress.append(_ranked(row, failed(row.error), []))
+        to_rank = [row for row in responses if row.error is None]
+        if any(row.prompt_id not in progress for row in to_rank):
+            models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
+            ranker = load_ranker(config, models, task.seed)
+            for chunk in _chunks(to_rank, ranker.prompts_per_call):
+                if all(row.prompt_id in progress for row in chunk):
+                    continue
+                for row, ranking in zip(chunk, ranker.rank(chunk), strict=True):
+                    if row.prompt_id not in progress:
+                        progress.append(_ranked(row, ranking, opinions(config.ranker, ranking)))
         prompt_ids = [row.prompt_id for row in responses]
         outputs = progress.finish(prompt_ids)
         counts = count(list(progress.rows(prompt_ids)))
     return Outcome(rows=len(responses), outputs=outputs, counts=counts)
 
 
+def opinions(ranker: str, ranking: Ranking) -> list[Opinion]:
+    """What each ranker said: the members of an ensemble, or the one that ``ranker`` names."""
+    return [
+        Opinion(
+            name,
+            list(said.scores),
+            said.prompt_truncated,
+            said.replies,
+            said.unparsable,
+            said.ties,
+            said.contradictions,
+            said.error,
+        )
+        for name, said in (ranking.members or {ranker: ranking}).items()
+    ]
+
+
 def count(rows: Sequence[Ranked]) -> dict[str, float]:
     """Count what a reader of the report wants to know, from the finished rows, so an interruption changes nothing."""
     texts = [[candidate.response for candidate in row.candidates] for row in rows]
+    said = [opinion for row in rows for opinion in row.opinions]
+    counted = {
+        "replies": sum(opinion.replies for opinion in said),
+        "unparsable": sum(opinion.unparsable for opinion in said),
+        "ties": sum(opinion.ties for opinion in said),
+        "contradictions": sum(opinion.contradictions for opinion in said),
+    }
     return {
         "prompts": len(rows),
         "ranked": sum(row.error is None for row in rows),
         "errors": sum(row.error is not None for row in rows),
-        "non_finite": sum(row.error == NOT_FINITE for row in rows),
+        "non_finite": sum(opinion.error == NOT_FINITE for opinion in said),
         "candidates": sum(map(len, texts)),
         "truncated_candidates": sum(sum(row.truncated) for row in rows),
+        "truncated_prompts": sum(any(opinion.prompt_truncated for opinion in row.opinions) for row in rows),
         "empty_candidates": sum(not text.strip() for responses in texts for text in responses),
         "identical": sum(len(responses) > 1 and len(set(responses)) == 1 for responses in texts),
         "single": sum(len(responses) == 1 for responses in texts),
+        **(counted if counted["replies"] else {}),
     }
 
 
-def _ranked(row: Responses, ranking: Ranking) -> Ranked:
+def _ranked(row: Responses, ranking: Ranking, said: list[Opinion]) -> Ranked:
     return Ranked(
         prompt_id=row.prompt_id,
         prompt=row.prompt,
@@ -96,9 +108,10 @@ def _ranked(row: Responses, ranking: Ranking) -> Ranked:
         ranks=list(ranking.ranks),
         truncated=list(ranking.truncated),
         error=ranking.error,
+        opinions=said,
     )
 
 
-def _chunks(rows: Sequence[Responses]) -> Iterator[Sequence[Responses]]:
-    for start in range(0, len(rows), _PROMPTS_PER_CHUNK):
-        yield rows[start : start + _PROMPTS_PER_CHUNK]
+def _chunks(rows: Sequence[Responses], size: int) -> Iterator[Sequence[Responses]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -277,10 +277,12 @@ def spoilt(pair: corpus.Pair, pairs: Sequence[corpus.Pair], rng: random.Random) 
 
 def report_ranker(ranker: Any, unseen: Sequence[corpus.Pair], rng: random.Random) -> None:
     """Print how often the better of two answers wins, on prompts whose good answer the ranker has never seen."""
+    from aipo_hpc.rankers import from_texts
+
     right: dict[str, list[float]] = {}
     for pair in unseen:
         worse = {pair.failure: pair.rejected, **spoilt(pair, unseen, rng)}
-        rankings = ranker.rank([pair.prompt] * len(worse), [[pair.chosen, text] for text in worse.values()])
+        rankings = ranker.rank(from_texts([pair.prompt] * len(worse), [[pair.chosen, text] for text in worse.values()]))
         for how, ranking in zip(worse, rankings, strict=True):
             right.setdefault(how, []).append(float(ranking.ranks[0] < ranking.ranks[1]))
     own = [value for how in corpus.FAILURES for value in right[how]]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from aipo_hpc.rankers import from_texts
 from aipo_hpc.rankers.deberta import EncoderConfig
 from aipo_hpc.rankers.llm_blender import LLMBlender
 from aipo_hpc.rankers.pairrm import PairRM
@@ -108,10 +109,10 @@ def main() -> None:
         f"{len(prompts)} prompts x {arguments.num_candidates} candidates, {parameters / 1e6:.1f}M parameters, "
         f"about {sum(lengths) / len(lengths):.0f} tokens a comparison, {arguments.threads} thread(s), {ours.device}"
     )
-    ours.rank(prompts[:2], candidates[:2])
+    ours.rank(from_texts(prompts[:2], candidates[:2]))
     reference.blender.rank(prompts[:2], candidates[:2], batch_size=8, disable_tqdm=True)
 
-    rankings, seconds = timed(lambda: ours.rank(prompts, candidates))
+    rankings, seconds = timed(lambda: ours.rank(from_texts(prompts, candidates)))
     report("aipo_hpc pairrm float32", len(prompts), seconds)
     theirs, reference_seconds = timed(
         lambda: reference.blender.rank(prompts, candidates, batch_size=8, disable_tqdm=True)
@@ -120,10 +121,10 @@ def main() -> None:
     same = sum(list(row.ranks) == list(ranks) for row, ranks in zip(rankings, theirs.tolist(), strict=True))
     print(f"speedup {reference_seconds / seconds:.2f}x; same ranks for {same} of {len(prompts)} prompts")
     if arguments.exact:
-        print("against llm-blender, batch 1:", agreement(rankings, reference.rank(prompts, candidates)))
+        print("against llm-blender, batch 1:", agreement(rankings, reference.rank(from_texts(prompts, candidates))))
     if arguments.bfloat16:
         low = PairRM.load(str(arguments.checkpoint), dtype="bfloat16", tokens_per_batch=arguments.tokens_per_batch)
-        low_rankings, low_seconds = timed(lambda: low.rank(prompts, candidates))
+        low_rankings, low_seconds = timed(lambda: low.rank(from_texts(prompts, candidates)))
         report("aipo_hpc pairrm bfloat16", len(prompts), low_seconds)
         print("bfloat16 against float32:", agreement(rankings, low_rankings))
 
