@@ -92,10 +92,13 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str], list[tuple[s
 
 
 def field_kinds(settings: Any, prefix: str = "") -> Mapping[str, Any]:
-    """Types of all fields by their dotted names, nested settings included."""
+    """Types of all fields by their dotted names, nested settings included; lists of settings are for recipe files."""
     kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        path = _canonical(f"{prefix}{name}")
+    hints = typing.get_type_hints(settings)
+    for name in (field.name for field in dataclasses.fields(settings)):
+        kind, path = hints[name], _canonical(f"{prefix}{name}")
+        if any(map(dataclasses.is_dataclass, typing.get_args(kind))):
+            continue
         kinds.update(field_kinds(kind, f"{path}.") if dataclasses.is_dataclass(kind) else {path: kind})
     return kinds
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from aipo_hpc.engines import check_engine
+from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.rankers.config import check_models, check_ranker
 from aipo_hpc.resources import Resources
@@ -153,8 +153,7 @@ def validate(recipe: Recipe) -> None:
     }
     for stage in ("generate", "rank", "evaluate"):
         dtype = getattr(recipe, stage).dtype
-        known = engines.DTYPES
-        wrong.append((dtype not in known, f"{stage}.dtype={dtype!r}: must be one of {', '.join(known)}."))
+        wrong.append((dtype not in DTYPES, f"{stage}.dtype={dtype!r}: must be one of {', '.join(DTYPES)}."))
     for stage in ("generate", "rank", "pairs", "reference", "train", "evaluate"):
         resources = getattr(recipe, stage).resources
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "time", "array_parallelism"):

@@ -26,6 +26,8 @@ from aipo_hpc.chat import load_tokenizer, prompt_ids, response_ids
 from aipo_hpc.engines import Request
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.processes import descendants, start_time
+from aipo_hpc.rankers import UNPARSABLE, from_texts, judge, replies
+from aipo_hpc.rankers.config import JudgeConfig
 from aipo_hpc.rows import Message, Pair, Prompt, Responses, read_rows, write_rows
 from aipo_hpc.stages import generate, pairs, rank, reference, train
 from aipo_hpc.stages.generate import GenerateConfig
@@ -65,6 +67,17 @@ def ask(number: int, length: int = 12, start: int = 40, seed: int = 7) -> Reques
     return Request(f"r{number}", 0, tuple(start + position for position in range(length)), seed)
 
 
+def judged(engine: engines.Engine, model: Path) -> tuple[list[Any], list[list[list[str]]]]:
+    """The engine's model as a judge: its rankings, and its replies to the same questions asked twice."""
+    replies.load_engine = lambda config, model: engine
+    judge.RUBRIC = "judge {request} {response}"
+    asker = replies.Asker(JudgeConfig(num_samples=3, max_prompt_tokens=40), str(model), seed=5)
+    rows = from_texts(["why", "name"], [["red", "blue", "red"], ["one " * 60, "two"]])
+    rankings = judge.Judge(asker).rank(rows)
+    questions = [asker.question("p", str(number), lambda texts: texts[0], ["story"]) for number in range(2)]
+    return [asdict(each) for each in rankings], [asker.replies(questions) for _ in range(2)]
+
+
 def process(folder: Path, model: Path) -> None:
     """What the process with the engine does."""
     result: dict[str, Any] = {}
@@ -87,6 +100,7 @@ def process(folder: Path, model: Path) -> None:
         [ask(5, seed=8)],
     ]
     result["direct"] = [asdict(done) for done in engine.generate(asked)]
+    result["judged"], result["replies"] = judged(engine, model)
     (folder / "result.json").write_text(json.dumps(result))
     for _ in engine.generate([[ask(number, seed=number)] for number in range(100_000)]):
         pass
@@ -199,6 +213,15 @@ def test_refused_requests_are_reported_and_hurt_no_other(running: Running) -> No
         assert words in direct[name]["error"]
         assert (direct[name]["text"], direct[name]["num_tokens"]) == ("", 0)
     assert all(direct[name]["error"] is None and direct[name]["num_tokens"] > 0 for name in ("r0", "r4", "r5"))
+
+
+def test_the_engines_model_can_judge_and_each_reply_is_drawn_by_its_own_seed(running: Running) -> None:
+    for ranking, replies_asked_for in zip(running.result["judged"], (6, 6), strict=True):
+        assert ranking["error"] == UNPARSABLE, "a random model says nothing that can be read"
+        assert (ranking["replies"], ranking["unparsable"]) == (replies_asked_for, replies_asked_for)
+    first, again = running.result["replies"]
+    assert first == again
+    assert len({reply for each in first for reply in each}) == 6 and all(reply for each in first for reply in each)
 
 
 def test_more_tokens_than_the_model_can_hold_are_the_recipes_error(running: Running) -> None:

@@ -11,6 +11,7 @@ from pairrm_checkpoint import Checkpoint
 
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.length_control import length_controlled
+from aipo_hpc.rankers import from_texts
 from aipo_hpc.rankers.pairrm import PairRM
 from aipo_hpc.rows import Candidate, Message, Responses, Verdict, read_rows, write_rows
 from aipo_hpc.stages import evaluate
@@ -113,7 +114,7 @@ def test_verdicts_follow_the_ranker_whichever_policy_gave_the_answer(ranker_chec
     swapped, other = evaluated(tmp_path / "other", theirs, mine, ranker_checkpoint.pairrm)
     ranker = PairRM.load(str(ranker_checkpoint.pairrm))
     prompts = [answer(number, "").prompt for number in range(4)]
-    expected = ranker.rank(prompts, list(zip(mine, theirs, strict=True)))
+    expected = ranker.rank(from_texts(prompts, list(zip(mine, theirs, strict=True))))
     assert [row.margin for row in found] == pytest.approx([each.scores[0] - each.scores[1] for each in expected])
     assert [row.win for row in found] == [float(row.margin > 0) for row in found[:3]] + [0.5]
     assert [row.win + back.win for row, back in zip(found, other, strict=True)] == [1.0] * 4

@@ -12,6 +12,7 @@ from fakes import TouchConfig, chain, touch
 from aipo_hpc import graph as graph_module
 from aipo_hpc.errors import GraphError
 from aipo_hpc.graph import STAGES, Edge, Graph, Outside, build_graph, make_graph
+from aipo_hpc.rankers.config import MemberConfig
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.resources import Resources
 
@@ -214,3 +215,37 @@ def test_edges_are_told_from_what_comes_from_outside(demo: Recipe) -> None:
     job = build_graph(demo).jobs["iter-01/rank"]
     assert isinstance(job.inputs["responses"], Edge) and isinstance(job.inputs["ranker"], Outside)
     assert list(job.edges) == ["responses"]
+
+
+# Rankers
+
+
+def test_a_policy_that_judges_is_the_iterations_own_and_in_evaluation_the_initial_one(small_recipe: Recipe) -> None:
+    judged = replace(small_recipe, rank=replace(small_recipe.rank, ranker="judge", model_name_or_path="policy"))
+    jobs = build_graph(judged).jobs
+    assert jobs["iter-00/rank"].inputs["ranker"] == jobs["iter-00/generate"].inputs["policy"]
+    assert jobs["iter-01/rank"].inputs["ranker"] == Edge("iter-00/train", "model/")
+    for iteration in ("iter-00", "iter-01"):
+        assert jobs[f"{iteration}/evaluate"].inputs["ranker"] == jobs["iter-00/baseline"].inputs["policy"]
+        assert jobs[f"{iteration}/evaluate"].config.ranker == "judge"
+
+
+def test_each_member_of_an_ensemble_is_an_input_and_in_the_fingerprint(small_recipe: Recipe, tmp_path: Path) -> None:
+    own = small_recipe.rank.model_name_or_path
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+
+    def ranking(other: str, **changes: Any) -> dict[str, str]:
+        members = (MemberConfig("pairrm", own), MemberConfig("reward_model", str(tmp_path / other), **changes))
+        rank = replace(small_recipe.rank, ranker="ensemble", model_name_or_path="", members=members)
+        graph = build_graph(replace(small_recipe, rank=rank))
+        assert {"ranker.pairrm", "ranker.reward_model"} <= set(graph.jobs["iter-00/evaluate"].inputs)
+        return dict(graph.fingerprints)
+
+    before = ranking("one")
+    for other in (ranking("two"), ranking("one", max_length=77)):
+        assert other["iter-00/generate"] == before["iter-00/generate"]
+        assert other["iter-00/rank"] != before["iter-00/rank"]
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert ranking("moved") == before, "where a model lies is no content"

@@ -19,7 +19,7 @@ MODULES = {
 """Modules by their names inside the package; the package itself is the empty name."""
 
 LAYERS = {
-    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
+    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines rankers.config seeds "
     "rankers objectives.*",
     "files": "durable failures store journal lease progress",
     "science": "length_control "

@@ -1,5 +1,6 @@
 """The rank stage on one shard: what it reads, writes, counts and continues."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from pairrm_checkpoint import Checkpoint, build_checkpoint
 
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.progress import PROGRESS
-from aipo_hpc.rankers import NO_CANDIDATES
+from aipo_hpc.rankers import NO_CANDIDATES, UNPARSABLE
+from aipo_hpc.rankers.config import JudgeConfig, MemberConfig
 from aipo_hpc.rankers.pairrm import PairRM
 from aipo_hpc.rows import Candidate, Message, Ranked, Responses, read_rows, write_rows
 from aipo_hpc.settings import content
@@ -184,3 +186,42 @@ def test_batch_size_and_resources_do_not_decide_content():
     assert content(RankConfig(tokens_per_batch=7)) == content(RankConfig())
     assert content(RankConfig(dtype="bfloat16")) != content(RankConfig())
     assert "resources" not in content(RankConfig())
+
+
+def test_an_ensemble_keeps_every_members_scores_and_a_judge_its_replies(checkpoint, tiny_model, tmp_path):
+    asked = JudgeConfig(engine="transformers", dtype="float32", num_samples=1, max_tokens=4, max_prompt_tokens=1500)
+    twins = (MemberConfig("pairrm"), MemberConfig("pairrm", name="twin"))
+    rows = [responses(number, ["It is hot.", "no", "The pressure is low."]) for number in range(3)]
+    job = task(tmp_path, rows, checkpoint.pairrm)
+    several = {f"ranker.{name}": Input(value=str(checkpoint.pairrm)) for name in ("pairrm", "twin")}
+    inputs = {"responses": job.inputs["responses"], **several, "ranker.judge": Input(value=str(tiny_model))}
+    outcome = rank.run(RankConfig("ensemble", members=twins), dataclasses.replace(job, inputs=inputs))
+    alone = PairRM.load(str(checkpoint.pairrm)).rank(rows)
+    for row, ranking in zip(ranked(job.out), alone, strict=True):
+        assert [said.ranker for said in row.opinions] == ["pairrm", "twin"]
+        assert all(said.scores == pytest.approx(list(ranking.scores), abs=1e-5) for said in row.opinions)
+        assert row.ranks == list(ranking.ranks)
+    assert "replies" not in outcome.counts
+
+    second = task(tmp_path, rows, checkpoint.pairrm, attempt=2)
+    members = (twins[0], MemberConfig("judge", judge=asked))
+    mixed = rank.run(RankConfig("ensemble", members=members), dataclasses.replace(second, inputs=inputs))
+    counted = {name: mixed.counts[name] for name in ("ranked", "errors", "replies", "unparsable")}
+    assert counted == {"ranked": 0, "errors": 3, "replies": 9, "unparsable": 9}
+    for row in ranked(second.out):
+        assert row.error == f"judge: {UNPARSABLE}"
+        assert (len(row.opinions[0].scores), row.opinions[1].scores, row.opinions[1].replies) == (3, [], 3)
+
+
+def test_what_was_ranked_together_stays_together_after_a_kill(checkpoint, tmp_path, monkeypatch):
+    rows = [responses(number, [f"answer {number}", "no"]) for number in range(20)]
+    first = task(tmp_path, rows, checkpoint.pairrm)
+    rank.run(RankConfig(), first)
+    lines = (first.out / PROGRESS).read_text().splitlines(keepends=True)
+    (first.out / PROGRESS).write_text("".join(lines[:3]))
+    (first.out / "rows.parquet").unlink()
+    second = task(tmp_path, rows, checkpoint.pairrm, attempt=2, earlier=(first.out,))
+    seen = count_prompts(monkeypatch)
+    rank.run(RankConfig(), second)
+    assert seen == [row.prompt for row in rows], "batches are those of an undisturbed shard"
+    assert len((second.out / PROGRESS).read_text().splitlines()) == 20
