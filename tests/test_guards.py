@@ -19,8 +19,8 @@ MODULES = {
 """Modules by their names inside the package; the package itself is the empty name."""
 
 LAYERS = {
-    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines rankers.config seeds "
-    "rankers objectives.*",
+    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
+    "rankers rankers.config seeds objectives.*",
     "files": "durable failures store journal lease progress",
     "science": "length_control "
     "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",
