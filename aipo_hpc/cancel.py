@@ -1,12 +1,12 @@
 """Stopping a run, and setting parts of it aside; both leave a run that the launch command resumes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aipo_hpc.chain import make_steps
 from aipo_hpc.clusters import Cluster, Submission, TaskState, make_cluster
-from aipo_hpc.errors import ClusterError
+from aipo_hpc.errors import ClusterError, RunError
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease, is_alive, read_owner, request_cancel
@@ -91,18 +91,37 @@ def _living(run: Run, graph: Graph, cluster: Cluster | None) -> list[tuple[Submi
     return [(submission, told) for submission, told in living if any(state.alive for state in told.values())]
 
 
+def price(run: Run, graph: Graph, names: Sequence[str]) -> tuple[int, str]:
+    """How many finished shards these jobs have, and what they took: GPU-hours and task-hours, in words."""
+    gpu_hours = task_hours = 0.0
+    num_shards = 0
+    for name in names:
+        resources = graph.jobs[name].resources
+        for sentinel in run.job(name).done(graph.fingerprints[name]).values():
+            hours = (sentinel.ended - sentinel.started) / 3600
+            num_shards += 1
+            task_hours += hours * sentinel.num_processes
+            gpu_hours += hours * (resources.nodes * resources.gpus_per_node if resources is not None else 0)
+    return num_shards, f"{gpu_hours:.2f} GPU-hours, {task_hours:.2f} task-hours"
+
+
 def reset_job(run: Run, name: str) -> str:
     """Set a job and all downstream of it aside; returns what was moved. Raises RunError for an unknown job."""
     graph = read_graph(run)
     check_job(graph, name, run)
     names = graph.downstream(name)
-    lost = [each for job in names for each in run.job(job).done(graph.fingerprints[job]).values()]
-    hours = sum((each.ended - each.started) * max(len(each.gpus), 1) * each.num_processes for each in lost) / 3600
+    num_lost, cost = price(run, graph, names)
     with Lease(run):
+        living = {each.job for each, _ in _living(run, graph, None) if each.job in names}
+        if living:
+            raise RunError(
+                f"{run.path}: shards of {', '.join(job for job in names if job in living)} still wait or run. "
+                f"Stop them first: python -m aipo_hpc cancel {run.path}"
+            )
         target = run.set_jobs_aside(names)
         Journal(run).note("reset", jobs=names, moved_to=str(target))
     return (
-        f"moved {len(names)} jobs ({len(lost)} finished shards, {hours:.2f} task-hours to redo) to {target}:\n  "
+        f"moved {len(names)} jobs ({num_lost} finished shards, {cost} to redo) to {target}:\n  "
         + "\n  ".join(names)
         + "\nThe launch command computes them anew."
     )

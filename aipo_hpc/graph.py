@@ -11,6 +11,7 @@ The policy of an iteration, which is also its reference, is the model that the i
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +113,8 @@ def make_graph(jobs: list[Job]) -> Graph:
     contents: dict[str, dict[str, Any]] = {}
     fingerprints: dict[str, str] = {}
     for job in jobs:
+        if not re.fullmatch(r"iter-\d+/[a-z][a-z0-9_]*", job.name):
+            raise GraphError(f"{job.name!r}: a job's name becomes a folder's; it must be like iter-00/generate")
         if job.name in named:
             raise GraphError(f"{job.name}: two jobs have this name")
         for name, edge in job.edges.items():

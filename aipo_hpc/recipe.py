@@ -6,6 +6,7 @@ come with the package are found by name, any other by its path.
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -114,6 +115,12 @@ def validate(recipe: Recipe) -> None:
             not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name),
             f"name={recipe.name!r}: names the run directory, so use letters, digits, '.', '_' and '-' only.",
         ),
+        (
+            bool(
+                secret := _secret_in([*recipe.slurm.setup, *recipe.slurm.srun_args, *recipe.slurm.sbatch_args.values()])
+            ),
+            f"slurm.* sets {secret}, and would be kept in files of the run. Leave it out: jobs get the launch's environment.",
+        ),
         (not recipe.model_name_or_path, "model_name_or_path is not set: give the initial policy, a path or hub name."),
         (not recipe.prompts, "prompts is not set: give a dataset id or the path of a .jsonl or .parquet file."),
         (
@@ -168,6 +175,12 @@ def validate(recipe: Recipe) -> None:
             raise RecipeError(f"recipe {recipe.name!r}: {message}")
     gang = recipe.train.resources
     gradient_accumulation_steps(recipe.train, gang.nodes * gang.tasks_per_node)
+
+
+def _secret_in(lines: Sequence[str]) -> str:
+    """The first name of a token or password that one of these lines sets."""
+    found = re.search(r"\b(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|CREDENTIALS?))=", "\n".join(lines), re.IGNORECASE)
+    return found.group(1) if found else ""
 
 
 def recipes_folder() -> Path:

@@ -317,7 +317,8 @@ class Run:
     def create(self) -> None:
         """Make the directory, private to its owner. Raises RunError if it cannot be written or others may write to it."""
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for missing in reversed([self.path, *self.path.parents]):
+                missing.mkdir(mode=0o700, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
             with full_disk_named(self.path):
                 write_synced(probe, "probe\n")
@@ -328,7 +329,13 @@ class Run:
             if error.errno == errno.EROFS:
                 raise _unwritable(self.path, error) from error
             raise
-        mode = self.path.stat().st_mode
+        state = self.path.stat()
+        if state.st_uid != os.getuid():
+            raise RunError(
+                f"{self.path}: belongs to another user (uid {state.st_uid}), and what workers run is read from it. "
+                "Choose a folder of your own with run_dir=..."
+            )
+        mode = state.st_mode
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RunError(
                 f"{self.path}: others may write to it (mode {stat.S_IMODE(mode):o}), and what workers run is read from it. "
