@@ -108,8 +108,6 @@ def validate(recipe: Recipe) -> None:
         check_ranker(recipe.evaluate, "evaluate")
     check_models(judging(recipe.evaluate, recipe.rank), "evaluate")
     check_engine(recipe.generate)
-    if recipe.pairs.selection != "best_worst":
-        raise RecipeError(f"pairs.selection={recipe.pairs.selection!r}: no such selection; there is best_worst.")
     wrong = [
         (
             not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name),

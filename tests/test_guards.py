@@ -20,7 +20,7 @@ MODULES = {
 
 LAYERS = {
     "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
-    "rankers rankers.config seeds objectives.*",
+    "rankers rankers.config seeds selection filters objectives.*",
     "files": "durable failures store journal lease progress",
     "science": "length_control "
     "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",

@@ -10,7 +10,9 @@ from tiny_models import tiny_tokenizer_folder
 
 from aipo_hpc.chat import load_tokenizer, prompt_ids
 from aipo_hpc.errors import DataError
+from aipo_hpc.filters import unfit
 from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.selection import choose
 from aipo_hpc.settings import content
 from aipo_hpc.stages import pairs
 from aipo_hpc.stages.pairs import Dropped, PairsConfig
@@ -47,7 +49,7 @@ def run(folder: Path, rows: Sequence[Ranked], policy: Path, config: PairsConfig 
     inputs = {"ranked": Input(shards={0: (folder / "rows.parquet",)}), "policy": Input(value=str(policy))}
     task = Task("iter-00/pairs", 0, 0, 1, 7, inputs, folder / "out")
     outcome = pairs.run(config or PairsConfig(), task)
-    assert outcome.outputs == ("pairs.parquet", "dropped.parquet", "statistics.json")
+    assert outcome.outputs == ("pairs.parquet", "unfiltered.parquet", "dropped.parquet", "statistics.json")
     dropped = list(read_rows([task.out / pairs.DROPPED], Dropped))
     assert outcome.rows == outcome.counts["kept"] == len(list(read_rows([task.out / pairs.PAIRS], Pair)))
     assert sum(value for name, value in outcome.counts.items() if name.startswith("dropped_")) == len(dropped)
@@ -63,7 +65,7 @@ def run(folder: Path, rows: Sequence[Ranked], policy: Path, config: PairsConfig 
     ],
 )
 def test_the_best_candidate_is_chosen_and_the_worst_rejected(texts, ranks, chosen, rejected):
-    found = pairs.choose(ranked(texts, ranks))
+    found = choose(ranked(texts, ranks))
     assert isinstance(found, Pair)
     assert (found.chosen.response, found.rejected.response) == (chosen, rejected)
     assert (found.chosen_score, found.rejected_score) == (-float(min(ranks)), -float(max(ranks)))
@@ -81,7 +83,7 @@ def test_the_best_candidate_is_chosen_and_the_worst_rejected(texts, ranks, chose
     ],
 )
 def test_a_prompt_without_a_best_and_a_worst_answer_has_a_reason(row, reason):
-    assert pairs.choose(row) == reason
+    assert choose(row) == reason
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_prompt_without_a_best_and_a_worst_answer_has_a_reason(row, reason):
     ],
 )
 def test_pairs_are_filtered_by_their_texts_and_lengths(found, config, reason):
-    assert pairs.unfit(found, config) == reason
+    assert unfit(found, config) == reason
 
 
 def test_every_prompt_becomes_a_pair_or_is_dropped_with_its_reason(policy, tmp_path):
@@ -182,3 +184,17 @@ def test_no_pair_left_is_an_error_with_the_reasons_and_the_way_out(policy, tmp_p
 def test_what_is_kept_is_content_and_the_jobs_resources_are_not():
     assert content(PairsConfig(max_prompt_tokens=8)) != content(PairsConfig())
     assert "resources" not in content(PairsConfig())
+
+
+def test_what_the_filters_take_is_in_the_unfiltered_pairs_and_the_smallest_margins_go_last(policy, tmp_path):
+    rows = [ranked(["good", "bad"], [1, 1 + number], prompt_id=f"p{number}") for number in range(5)]
+    rows.append(ranked(["see www.x.org", "bad"], [1, 2], prompt_id="url"))
+    task = run(tmp_path, rows, policy, PairsConfig(min_margin_quantile=0.5))
+    assert [row.prompt_id for row in read_rows([task.out / pairs.UNFILTERED], Pair)] == ["p1", "p2", "p3", "p4", "url"]
+    assert [row.prompt_id for row in read_rows([task.out / pairs.PAIRS], Pair)] == ["p3", "p4"]
+    assert list(read_rows([task.out / pairs.DROPPED], Dropped)) == [
+        Dropped("p0", "tie"),
+        Dropped("url", "url_in_chosen"),
+        Dropped("p1", "margin_quantile"),
+        Dropped("p2", "margin_quantile"),
+    ]

@@ -1,43 +1,74 @@
-"""pairs: Ranked -> Pair. Best against worst candidate of each prompt, with filters; every dropped prompt keeps its reason.
+"""pairs: Ranked -> Pair. Two candidates of each prompt, with filters; every dropped prompt keeps its reason.
 
-Files: ``pairs.parquet`` (Pair rows), ``dropped.parquet`` (prompt id and reason), ``statistics.json``.
+Files: ``pairs.parquet`` (what is trained on), ``unfiltered.parquet`` (all pairs, before the filters), ``dropped.parquet``
+(prompt id and reason), ``statistics.json``.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from aipo_hpc.errors import DataError
+from aipo_hpc.errors import DataError, RecipeError
+from aipo_hpc.filters import Filters, smallest_margins, unfit
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.rows import Candidate, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.selection import LENGTH_RULES, SELECTIONS, choose
 from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
 
 PAIRS = "pairs.parquet"
+UNFILTERED = "unfiltered.parquet"
 DROPPED = "dropped.parquet"
 STATISTICS = "statistics.json"
 
-_URL = re.compile(r"https?://|www\.\w", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
-class PairsConfig:
-    """Which pairs are kept."""
+class PairsConfig(Filters):
+    """Which pairs are made and kept."""
 
     selection: str = "best_worst"
-    """How the pair is chosen from the ranking: best_worst."""
-    max_prompt_tokens: int = 512
-    """Longest prompt in tokens, chat template included."""
-    max_response_tokens: int = 2016
-    """Longest response in tokens (the paper: max_length - max_prompt_length - 32 = 2560 - 512 - 32)."""
-    drop_url_in_chosen: bool = True
-    """Drop pairs whose chosen response has a URL."""
-    drop_url_in_rejected: bool = False
-    """Drop pairs whose rejected response has a URL."""
+    """How the pair is chosen from the ranking: best_worst, best_random, max_second (best against next best)."""
+    length_rule: str = "none"
+    """What is made of a score before candidates are compared: none, penalized (by length), normalized (per token)."""
+    length_penalty: float = 0.0
+    """Points of the ranker's score that a token costs (length_rule=penalized)."""
     resources: Resources = tuning(Resources(cpus_per_task=2, time=60))
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"pairs.{name}={value!r}: {what}"
+            for name, value, valid, what in (
+                (
+                    "selection",
+                    self.selection,
+                    self.selection in SELECTIONS,
+                    f"no such selection; {_one_of(SELECTIONS)}",
+                ),
+                (
+                    "length_rule",
+                    self.length_rule,
+                    self.length_rule in LENGTH_RULES,
+                    f"no such rule; {_one_of(LENGTH_RULES)}",
+                ),
+                ("max_similarity", self.max_similarity, 0 <= self.max_similarity <= 1, "must be from 0 to 1"),
+                ("min_margin", self.min_margin, self.min_margin >= 0, "must be 0 or more"),
+                (
+                    "min_margin_quantile",
+                    self.min_margin_quantile,
+                    0 <= self.min_margin_quantile < 1,
+                    "must be from 0 to below 1",
+                ),
+            )
+            if not valid
+        ]
+        if wrong:
+            raise RecipeError("; ".join(wrong))
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"choose one of {', '.join(names)}"
 
 
 @dataclass(frozen=True)
@@ -53,18 +84,26 @@ def run(config: PairsConfig, task: Task) -> Outcome:
     from aipo_hpc.chat import load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(task.inputs["policy"].model)
+    chosen: list[Pair] = []
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
+    seed = f"{task.seed}/{task.iteration}"
     for row in read_rows(task.inputs["ranked"].files, Ranked):
-        found = choose(row)
-        reason = found if isinstance(found, str) else unfit(found, config)
-        if reason is None and not isinstance(found, str):
-            if len(prompt_ids(tokenizer, found.messages)) > config.max_prompt_tokens:
-                reason = "prompt_too_long"
-            else:
-                pairs.append(found)
-        if reason is not None:
+        found = choose(row, config.selection, config.length_rule, config.length_penalty, seed)
+        if isinstance(found, str):
+            dropped.append(Dropped(row.prompt_id, found))
+            continue
+        chosen.append(found)
+        reason = unfit(found, config)
+        if reason is None and len(prompt_ids(tokenizer, found.messages)) > config.max_prompt_tokens:
+            reason = "prompt_too_long"
+        if reason is None:
+            pairs.append(found)
+        else:
             dropped.append(Dropped(row.prompt_id, reason))
+    smallest = smallest_margins(pairs, config.min_margin_quantile)
+    dropped += [Dropped(pairs[position].prompt_id, "margin_quantile") for position in sorted(smallest)]
+    pairs = [pair for position, pair in enumerate(pairs) if position not in smallest]
     reasons = dict(sorted(Counter(drop.reason for drop in dropped).items()))
     if not pairs:
         raise DataError(
@@ -73,42 +112,11 @@ def run(config: PairsConfig, task: Task) -> Outcome:
         )
     statistics = describe(pairs, reasons)
     write_rows(task.out / PAIRS, pairs, Pair)
+    write_rows(task.out / UNFILTERED, chosen, Pair)
     write_rows(task.out / DROPPED, dropped, Dropped)
     (task.out / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
     counts = {"kept": len(pairs), **{f"dropped_{reason}": number for reason, number in reasons.items()}}
-    return Outcome(len(pairs), (PAIRS, DROPPED, STATISTICS), counts)
-
-
-def choose(row: Ranked) -> Pair | str:
-    """Best against worst candidate (the first of equals), or the reason why there is no pair."""
-    if row.error is not None and row.error.startswith(PROMPT_TOO_LONG):
-        return "prompt_too_long"
-    if row.error is not None:
-        return "not_ranked" if row.candidates else "not_generated"
-    if len(row.candidates) < 2:
-        return "single_candidate"
-    positions = range(len(row.candidates))
-    best = min(positions, key=lambda position: (row.ranks[position], position))
-    worst = max(positions, key=lambda position: (row.ranks[position], -position))
-    if row.ranks[best] == row.ranks[worst]:
-        return "tie"
-    chosen, rejected = row.candidates[best], row.candidates[worst]
-    if chosen.response.strip() == rejected.response.strip():
-        return "identical"
-    return Pair(row.prompt_id, row.prompt, row.messages, chosen, rejected, row.scores[best], row.scores[worst])
-
-
-def unfit(pair: Pair, config: PairsConfig) -> str | None:
-    """The reason to drop a pair by its texts and response lengths, or None."""
-    if not pair.chosen.response.strip():
-        return "empty_chosen"
-    if max(pair.chosen.num_tokens, pair.rejected.num_tokens) > config.max_response_tokens:
-        return "response_too_long"
-    if config.drop_url_in_chosen and _URL.search(pair.chosen.response):
-        return "url_in_chosen"
-    if config.drop_url_in_rejected and _URL.search(pair.rejected.response):
-        return "url_in_rejected"
-    return None
+    return Outcome(len(pairs), (PAIRS, UNFILTERED, DROPPED, STATISTICS), counts)
 
 
 def describe(pairs: Sequence[Pair], reasons: dict[str, int]) -> dict[str, object]:
