@@ -18,13 +18,13 @@ from aipo_hpc.damage import Inspector
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
 from aipo_hpc.failures import KINDS
 from aipo_hpc.graph import Graph
+from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.pace import Pace, doomed
 from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
-from aipo_hpc.worker import Envelope
 
 Tell = Callable[[str], None]
 Show = Callable[[Decision, View], None]
@@ -302,23 +302,6 @@ class Driver:
 def _nodes(sentinels: Iterable[Sentinel]) -> AbstractSet[str]:
     """The nodes that these shards were finished on, as the scheduler calls them."""
     return {each.scheduler["slurmd_nodename"] for each in sentinels if "slurmd_nodename" in each.scheduler}
-
-
-def run_here(run: Run, graph: Graph, journal: Journal, tell: Tell) -> None:
-    """Do the jobs that belong to the launch itself (reading the prompts), as far as they are not done."""
-    for job in graph.jobs.values():
-        if job.resources is not None:
-            continue
-        folder = run.job(job.name)
-        done = folder.done(graph.fingerprints[job.name])
-        while folder.reports:
-            report = folder.reports.pop(0)
-            tell(report)
-            journal.note("report", message=report)
-        for shard in range(job.num_shards):
-            if shard not in done:
-                tell(f"{job.name}: reading")
-                Envelope(str(run.path), job.name, shard, f"launch-{journal.fence}", shard, journal.fence).run()
 
 
 def explain(run: Run, given_up: tuple[GivenUp, ...]) -> str:

@@ -15,9 +15,10 @@ from aipo_hpc.arguments import parse_recipe
 from aipo_hpc.chain import Chain, make_steps
 from aipo_hpc.clusters import Cluster, make_cluster
 from aipo_hpc.drift import refuse_drift
-from aipo_hpc.driver import Cancelled, Driver, Tell, run_here
+from aipo_hpc.driver import Cancelled, Driver, Tell
 from aipo_hpc.errors import AipoError, ClusterError, RunError, UserError
 from aipo_hpc.graph import Graph, build_graph
+from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import EXPIRES_SECONDS, Lease
 from aipo_hpc.preflight import resolve

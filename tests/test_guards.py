@@ -28,7 +28,7 @@ LAYERS = {
     "engines": "engines.*",
     "recipe": "recipe arguments",
     "graph": "graph record drift preflight",
-    "execution": "reconcile damage worker clusters.*",
+    "execution": "reconcile damage worker here clusters.*",
     "driver": "driver chain cancel",
     "user": "plan terminal report launch __main__",
 }
