@@ -24,11 +24,9 @@ cache, and then check that the payload has the size, and the hash, that the sent
 """
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Container
 from contextlib import suppress
@@ -46,6 +44,7 @@ from aipo_hpc.durable import (
     write_synced,
 )
 from aipo_hpc.errors import InputNotVisible, RunError
+from aipo_hpc.ownership import make_private
 from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.task import ADVANCED
 
@@ -316,31 +315,7 @@ class Run:
 
     def create(self) -> None:
         """Make the directory, private to its owner. Raises RunError if it cannot be written or others may write to it."""
-        try:
-            for missing in reversed([self.path, *self.path.parents]):
-                missing.mkdir(mode=0o700, exist_ok=True)
-            probe = self.path / f".probe.{os.getpid()}"
-            with full_disk_named(self.path):
-                write_synced(probe, "probe\n")
-            probe.unlink()
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise _unwritable(self.path, error) from error
-        except OSError as error:
-            if error.errno == errno.EROFS:
-                raise _unwritable(self.path, error) from error
-            raise
-        state = self.path.stat()
-        if state.st_uid != os.getuid():
-            raise RunError(
-                f"{self.path}: belongs to another user (uid {state.st_uid}), and what workers run is read from it. "
-                "Choose a folder of your own with run_dir=..."
-            )
-        mode = state.st_mode
-        if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise RunError(
-                f"{self.path}: others may write to it (mode {stat.S_IMODE(mode):o}), and what workers run is read from it. "
-                f"Type: chmod go-w {self.path}"
-            )
+        make_private(self.path)
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Keep the resolved recipe."""
@@ -413,9 +388,3 @@ def wrong_with(path: Path, output: Output) -> str | None:
         return None if hash_file(path) == output.sha256 else "of other content"
     except FileNotFoundError:
         return "not there"
-
-
-def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{path}: cannot be written ({error.strerror}). Choose another place with run_dir=..., or mend its rights."
-    )

@@ -21,7 +21,7 @@ MODULES = {
 LAYERS = {
     "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
     "rankers rankers.config seeds selection filters objectives.*",
-    "files": "durable failures store journal lease progress",
+    "files": "durable ownership failures store journal lease progress",
     "science": "length_control "
     "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
