@@ -38,6 +38,22 @@ def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> "Pre
     return tokenizer  # type: ignore[no-any-return]
 
 
+def refuse_other_tokens(policy: str, reference: str) -> None:
+    """Raise DataError if two models read the same ids as different text, so that their likelihoods have nothing in common."""
+    from transformers import AutoTokenizer
+
+    try:
+        known, other = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (policy, reference))
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizers of {policy!r} and {reference!r} cannot be compared: {error}") from error
+    different = sorted(token for token, number in known.items() if other.get(token) != number)
+    if different:
+        raise DataError(
+            f"reference {reference!r} has other tokens than the policy {policy!r}: {len(different)} differ, the first is "
+            f"{different[0]!r}. Set reference.model to previous, initial, or a model with the policy's tokenizer."
+        )
+
+
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant starts to speak."""
     return _template(tokenizer, messages, add_generation_prompt=True)

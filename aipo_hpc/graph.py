@@ -5,7 +5,8 @@
     iter-01   generate (policy: iter-00/train) ── rank ── ...
 
 ``answers`` and ``baseline`` are the stage ``generate`` over the held-out prompts, with the new and with the initial policy.
-The policy of an iteration, which is also its reference, is the model that the iteration before it trained.
+The policy of an iteration is the model that the iteration before it trained; it is also its reference, unless the recipe
+names another. With ``conversations.source``, ``conversations ── sft`` come first, and the initial policy is what they make.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from aipo_hpc.rankers.config import POLICY, RankerConfig, models, without_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import content
-from aipo_hpc.stages import evaluate, generate, pairs, prompts, rank, reference, train
+from aipo_hpc.stages import conversations, evaluate, generate, pairs, prompts, rank, reference, sft, train
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "prompts": Stage("aipo_hpc.stages.prompts", prompts.PromptsConfig),
+    "conversations": Stage("aipo_hpc.stages.conversations", conversations.ConversationsConfig),
+    "sft": Stage("aipo_hpc.stages.sft", sft.SftConfig),
     "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
     "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
     "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
@@ -173,10 +176,9 @@ def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
 
 def build_graph(recipe: Recipe) -> Graph:
     """The jobs of a recipe. Reads outside models and prompt files only to tell their identity."""
-    initial = outside(recipe.model_name_or_path, recipe.revision)
+    initial: Edge | Outside = outside(recipe.model_name_or_path, recipe.revision)
     source = outside(recipe.prompts, recipe.data.revision)
     judging = evaluate.judging(recipe.evaluate, recipe.rank)
-    judges = {name: judge or initial for name, judge in ranker_inputs(judging).items()}
     rankers = ranker_inputs(recipe.rank)
     evaluation = without_models(judging)
     ranking = dataclasses.replace(without_models(recipe.rank), num_shards=None)
@@ -203,8 +205,21 @@ def build_graph(recipe: Recipe) -> Graph:
         return path
 
     prompts_job = add(0, "prompts", recipe.data, {"source": source})
+    if recipe.conversations.source:
+        chats = outside(recipe.conversations.source, recipe.conversations.revision)
+        chats_job = add(0, "conversations", dataclasses.replace(recipe.conversations, source=""), {"source": chats})
+        conversed: dict[str, Edge | Outside] = {
+            "conversations": Edge(chats_job, conversations.CONVERSATIONS),
+            "policy": initial,
+        }
+        initial = Edge(add(0, "sft", recipe.sft, conversed), "model/")
+    judges = {name: judge or initial for name, judge in ranker_inputs(judging).items()}
     baseline_inputs: dict[str, Edge | Outside] = {"prompts": Edge(prompts_job, prompts.HELD_OUT), "policy": initial}
     baseline_job = add(0, "baseline", answers, baseline_inputs, evaluation.num_shards, "generate")
+    # What the reference is in every iteration, if it is not the iteration's own policy.
+    held: dict[str, Edge | Outside] = {"initial": initial}
+    if (name := recipe.reference.model) not in ("previous", "initial"):
+        held[name] = outside(name, recipe.reference.revision)
     policy: Edge | Outside = initial
     for iteration in range(recipe.iterations):
         shards = recipe.generate.num_shards
@@ -229,8 +244,13 @@ def build_graph(recipe: Recipe) -> Graph:
         referenced = add(
             iteration,
             "reference",
-            recipe.reference,
-            {"pairs": Edge(paired, pairs.PAIRS), "reference": policy},
+            # Which model it is, is an input, known by what it holds.
+            dataclasses.replace(recipe.reference, model="", revision=None),
+            {
+                "pairs": Edge(paired, pairs.PAIRS),
+                "reference": held.get(recipe.reference.model, policy),
+                "policy": policy,
+            },
             recipe.reference.num_shards,
         )
         trained = add(

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aipo_hpc.chat import refuse_other_tokens
 from aipo_hpc.errors import DataError
 from aipo_hpc.graph import Edge, Graph, Job, Outside
 from aipo_hpc.identity import looks_local
@@ -35,15 +36,25 @@ def resolve(graph: Graph) -> Graph:
             job, inputs={name: resolved(job, name, source) for name, source in job.inputs.items()}
         )
 
-    return dataclasses.replace(graph, jobs={name: with_inputs(job) for name, job in graph.jobs.items()})
+    found = dataclasses.replace(graph, jobs={name: with_inputs(job) for name, job in graph.jobs.items()})
+    _check_references(found)
+    return found
+
+
+def _check_references(graph: Graph) -> None:
+    """A reference of its own reads ids as the policy does; told here, where both are from outside."""
+    for job in graph.jobs.values():
+        reference, policy = job.inputs.get("reference"), job.inputs.get("policy")
+        if isinstance(reference, Outside) and isinstance(policy, Outside) and reference.value != policy.value:
+            refuse_other_tokens(policy.value, reference.value)
 
 
 def _kind(job: Job, name: str) -> str:
-    """What an outside input is checked as: policy, source, ranker, chat ranker."""
+    """What an outside input is checked as: policy, reference, source, ranker, chat ranker."""
     if name == "ranker" or name.startswith("ranker."):
         single = models(job.config)[name]
         return "chat ranker" if RANKERS[single.ranker].chat else "ranker"
-    return "policy" if name == "reference" else name
+    return name
 
 
 def _check(kind: str, source: Outside) -> str:

@@ -17,16 +17,19 @@ import tyro
 
 from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
+from aipo_hpc.fine_tuning import gradient_accumulation_steps, refuse_missing_packages
 from aipo_hpc.rankers.config import check_models, check_ranker
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
+from aipo_hpc.stages.conversations import ConversationsConfig
 from aipo_hpc.stages.evaluate import EvaluateConfig, judging
 from aipo_hpc.stages.generate import GenerateConfig
 from aipo_hpc.stages.pairs import PairsConfig
 from aipo_hpc.stages.prompts import PromptsConfig
 from aipo_hpc.stages.rank import RankConfig
 from aipo_hpc.stages.reference import ReferenceConfig
-from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps
+from aipo_hpc.stages.sft import SftConfig
+from aipo_hpc.stages.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Recipe:
     seed: int = 42
     """Seed of everything that is drawn."""
     data: PromptsConfig = PromptsConfig()
+    conversations: ConversationsConfig = ConversationsConfig()
+    sft: SftConfig = SftConfig()
     generate: GenerateConfig = GenerateConfig()
     rank: RankConfig = RankConfig()
     pairs: PairsConfig = PairsConfig()
@@ -171,8 +176,10 @@ def validate(recipe: Recipe) -> None:
     for is_wrong, message in wrong:
         if is_wrong:
             raise RecipeError(f"recipe {recipe.name!r}: {message}")
-    gang = recipe.train.resources
-    gradient_accumulation_steps(recipe.train, gang.nodes * gang.tasks_per_node)
+    for config in (recipe.train, *([recipe.sft] if recipe.conversations.source else [])):
+        if recipe.slurm.python is None:  # what is installed here is what tasks have
+            refuse_missing_packages(config)
+        gradient_accumulation_steps(config, config.resources.nodes * config.resources.tasks_per_node)
 
 
 def _secret_in(lines: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The rows that travel between stages, and their Parquet files.
 
+Conversation conversations -> sft
 Prompt      prompts   -> generate
 Responses   generate  -> rank, evaluate      one row per prompt, n candidates
 Ranked      rank      -> pairs               Responses + a score and a rank per candidate
@@ -26,6 +27,14 @@ class Message:
 
     role: str
     content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to learn from; the last turn is the assistant's."""
+
+    conversation_id: str
+    messages: list[Message]
 
 
 @dataclass(frozen=True)

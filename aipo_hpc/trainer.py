@@ -1,23 +1,19 @@
 """Preference training on transformers' plain ``Trainer``: the loss, exact inputs, and metrics. Nothing else differs."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from aipo_hpc.batches import FLOAT_COLUMNS, collate_slots
-from aipo_hpc.errors import RecipeError
 from aipo_hpc.logps import ResponseLogps, response_logps
+from aipo_hpc.metrics_file import MetricsFile
 from aipo_hpc.objectives import objective
 from aipo_hpc.objectives.batch import Batch, Extras, Shared
 from aipo_hpc.running_ratios import RunningRatios
-
-METRICS = "metrics.jsonl"
 
 _AVERAGED = (
     "rewards/chosen",
@@ -34,7 +30,7 @@ _AVERAGED = (
 )
 
 
-class PairTrainer(Trainer):
+class PairTrainer(MetricsFile):
     """Trains on ``batches.Slots`` with one of the objectives.
 
     The loss of a step is the mean of per-pair losses over the global batch. Logged besides Trainer's own, each a mean over
@@ -72,8 +68,7 @@ class PairTrainer(Trainer):
         self._averaged = (*_AVERAGED, *(f"regularization/{name}" for name in self._objective.regularization))
         self._pairs_per_epoch = pairs_per_epoch
         self._pairs_per_step = pairs_per_step
-        self._metrics_path = metrics_path
-        self._metrics_started = False
+        self.metrics_path = metrics_path
         self._sums = torch.zeros(len(self._averaged) + 1, dtype=torch.float64, device=self.args.device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -133,53 +128,15 @@ class PairTrainer(Trainer):
         if self._ratios:
             self._ratios.note(batch.chosen_ratio[is_pair], batch.rejected_ratio[is_pair])
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step, with averages over all processes, and append it to the metrics file.
+    def complete(self, logs: dict[str, float]) -> None:
+        """Add the averages over all processes' pairs since the last line."""
+        *sums, num_pairs = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums.zero_()
+        logs.update({name: value / num_pairs for name, value in zip(self._averaged, sums, strict=True)})
 
-        Raises RecipeError when the loss or the gradient is not a finite number.
-        """
-        is_step = "loss" in logs
-        if is_step:
-            *sums, num_pairs = self.accelerator.reduce(self._sums, reduction="sum").tolist()
-            self._sums.zero_()
-            logs.update({name: value / num_pairs for name, value in zip(self._averaged, sums, strict=True)})
-        super().log(logs, start_time)
-        # To Trainer, all epochs are one.
-        pairs_seen = self.state.global_step * self._pairs_per_step
-        self.state.log_history[-1]["epoch"] = pairs_seen / self._pairs_per_epoch
-        if is_step:
-            self._append_metrics()
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(logs.get(name, 0.0)):
-                    raise RecipeError(
-                        f"{name} is {logs[name]} at step {self.state.global_step}: lower train.learning_rate or beta, "
-                        f"or look for the first odd line in {self._metrics_path}."
-                    )
-
-    @property
-    def metrics(self) -> list[dict[str, float]]:
-        """The logged steps since the start of training, those before an interruption included."""
-        return [line for line in self.state.log_history if "loss" in line]
-
-    def _append_metrics(self) -> None:
-        """The first call of an attempt writes what earlier attempts had logged, too."""
-        if not self.is_world_process_zero():
-            return
-        lines = self.metrics[-1:] if self._metrics_started else self.metrics
-        with self._metrics_path.open("a" if self._metrics_started else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        self._metrics_started = True
-
-    def write_metrics(self) -> None:
-        """Write the whole metrics file."""
-        self._metrics_started = False
-        with self._metrics_path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.metrics)
-
-    def gathered_weights(self) -> dict[str, Any]:
-        """All weights by name. Every process must call this; under ZeRO-3 only rank 0 receives them."""
-        weights: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
-        return weights
+    def epochs_done(self) -> float:
+        """To Trainer, all passes are one."""
+        return self.state.global_step * self._pairs_per_step / self._pairs_per_epoch
 
 
 class _LogLastStep(TrainerCallback):
@@ -201,24 +158,3 @@ def last_epoch_mean(lines: Sequence[dict[str, float]], name: str) -> float:
     ]
     chosen = [(line[name], steps) for line, steps in zip(lines, covered, strict=True) if line["epoch"] > since]
     return sum(value * steps for value, steps in chosen) / sum(steps for _, steps in chosen)
-
-
-def deepspeed_config(zero_stage: int) -> dict[str, Any]:
-    """DeepSpeed's settings; what is ``auto`` follows from TrainingArguments.
-
-    Without an optimizer section DeepSpeed takes torch's AdamW and compiles none of its own.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,  # without it ZeRO-3 saves no weights, and no error
-        },
-    }

@@ -49,6 +49,7 @@ def test_each_job_reads_what_it_should(demo: Recipe) -> None:
         assert edges(graph, f"{at}/pairs") == {"ranked": (f"{at}/rank", rows, "all"), **policy}
         (pairs, reference) = (edges(graph, f"{at}/reference").get(name) for name in ("pairs", "reference"))
         assert pairs is not None and pairs[0] == f"{at}/pairs" and reference == before
+        assert edges(graph, f"{at}/reference").get("policy") == before
         assert edges(graph, f"{at}/train") == {"pairs": (f"{at}/reference", rows, "all"), **policy}
         own = (f"{at}/train", "model/", "all")
         assert edges(graph, f"{at}/answers") == {"prompts": held_out, "policy": own}
@@ -56,6 +57,54 @@ def test_each_job_reads_what_it_should(demo: Recipe) -> None:
             "answers": (f"{at}/answers", rows, "all"),
             "baseline": ("iter-00/baseline", rows, "all"),
         }
+
+
+def test_the_reference_is_the_previous_the_initial_or_another_model(demo: Recipe, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(demo.model_name_or_path, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    graphs = {
+        name: build_graph(replace(demo, reference=replace(demo.reference, model=name)))
+        for name in ("previous", "initial", str(other))
+    }
+    initial = graphs["previous"].jobs["iter-00/generate"].inputs["policy"]
+    found = {
+        name: [graph.jobs[f"iter-0{k}/reference"].inputs["reference"] for k in (0, 1)] for name, graph in graphs.items()
+    }
+    assert found["previous"] == [initial, Edge("iter-00/train", "model/")]
+    assert found["initial"] == [initial, initial]
+    first, second = found[str(other)]
+    assert first == second and isinstance(first, Outside) and first.value == str(other)
+    one, same, another = (graph.fingerprints["iter-00/reference"] for graph in graphs.values())
+    assert one == same != another, "in the first iteration, the previous model is the initial one"
+    assert graphs["initial"].fingerprints["iter-01/reference"] != graphs["previous"].fingerprints["iter-01/reference"]
+
+
+def test_where_a_reference_lies_is_not_content_but_what_it_is(demo: Recipe, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        shutil.copytree(demo.model_name_or_path, folder)
+    graphs = [build_graph(replace(demo, reference=replace(demo.reference, model=str(folder)))) for folder in (one, two)]
+    assert graphs[0].fingerprints == graphs[1].fingerprints
+
+
+def test_with_conversations_supervised_fine_tuning_makes_the_initial_policy(demo: Recipe, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("{}")
+    tuned = replace(
+        demo,
+        conversations=replace(demo.conversations, source=str(chats)),
+        reference=replace(demo.reference, model="initial"),
+    )
+    graph = build_graph(tuned)
+    assert list(graph.jobs)[:4] == ["iter-00/prompts", "iter-00/conversations", "iter-00/sft", "iter-00/baseline"]
+    assert graph.jobs["iter-00/conversations"].resources is None, "read where the run is launched"
+    assert edges(graph, "iter-00/sft") == {"conversations": ("iter-00/conversations", "conversations.parquet", "all")}
+    made = ("iter-00/sft", "model/", "all")
+    for job in ("iter-00/baseline", "iter-00/generate", "iter-00/pairs", "iter-00/train"):
+        assert edges(graph, job)["policy"] == made
+    assert edges(graph, "iter-01/reference")["reference"] == made
+    assert graph.fingerprints["iter-00/prompts"] == build_graph(demo).fingerprints["iter-00/prompts"]
 
 
 def test_shards_and_resources_are_those_of_the_stages(demo: Recipe) -> None:

@@ -19,11 +19,11 @@ MODULES = {
 """Modules by their names inside the package; the package itself is the empty name."""
 
 LAYERS = {
-    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment clusters engines "
-    "rankers rankers.config seeds selection filters objectives.*",
+    "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment fine_tuning "
+    "clusters engines rankers rankers.config seeds selection filters objectives.*",
     "files": "durable ownership failures store journal lease progress",
-    "science": "length_control "
-    "batches logps chat model_files checkpoints process_group gang trainer running_ratios engines.guard rankers.*",
+    "science": "length_control batches logps chat model_files checkpoints process_group gang trainer training sft_trainer "
+    "lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "recipe arguments",

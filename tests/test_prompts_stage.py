@@ -83,7 +83,7 @@ def test_parquet_and_dataset_folders_give_what_jsonl_gives(tmp_path: Path) -> No
     assert prepared(tmp_path / "saved", tmp_path / "from saved") == expected
     assert prepared(tmp_path / "splits", tmp_path / "from splits", split="prefs") == expected
     message = refusal(tmp_path / "splits", tmp_path / "wrong split", split="train")
-    assert message.startswith(f"prompts '{tmp_path / 'splits'}', split 'train' cannot be loaded: ")
+    assert message.startswith(f"dataset '{tmp_path / 'splits'}', split 'train' cannot be loaded: ")
 
 
 def test_a_prompt_without_an_id_is_known_by_its_text(tmp_path: Path) -> None:

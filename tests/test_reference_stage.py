@@ -1,6 +1,7 @@
 """The reference stage: pairs in, token ids and log-probabilities out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,35 @@ def test_two_models_give_two_values(tmp_path: Path, model: Path) -> None:
     for one, two in zip(rows(first), rows(second), strict=True):
         assert one.chosen_ids == two.chosen_ids
         assert abs(one.ref_chosen_logps - two.ref_chosen_logps) > 0.01
+
+
+def test_another_reference_scores_what_the_policys_tokenizer_makes(tmp_path: Path, model: Path) -> None:
+    """The policy's template and its end of sequence, the other model's likelihood."""
+    other = tiny_model_folder(tmp_path / "other", seed=5)
+    (other / "chat_template.jinja").unlink()
+    own, task = reference_task(tmp_path / "a", PAIRS, model), reference_task(tmp_path / "b", PAIRS, other)
+    task = replace(task, inputs={**task.inputs, "policy": own.inputs["policy"]})
+    run(CONFIG, own)
+    run(CONFIG, task)
+    for mine, theirs in zip(rows(own), rows(task), strict=True):
+        assert (mine.prompt_ids, mine.chosen_ids) == (theirs.prompt_ids, theirs.chosen_ids)
+        assert abs(mine.ref_chosen_logps - theirs.ref_chosen_logps) > 0.01
+
+
+def test_a_reference_of_other_tokens_is_refused(tmp_path: Path, model: Path) -> None:
+    other = tiny_model_folder(tmp_path / "other", seed=5)
+    settings = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["dog"], vocabulary["the"] = vocabulary.get("the", 300), vocabulary.get("dog", 301)
+    (other / "tokenizer.json").write_text(json.dumps(settings))
+    task = reference_task(tmp_path / "a", PAIRS, other)
+    task = replace(
+        task, inputs={**task.inputs, "policy": reference_task(tmp_path / "b", PAIRS, model).inputs["policy"]}
+    )
+    with pytest.raises(
+        DataError, match=r"has other tokens than the policy .* Set reference.model to previous, initial"
+    ):
+        run(CONFIG, task)
 
 
 def test_a_tokenizer_that_adds_bos_gives_exactly_one(tmp_path: Path) -> None:

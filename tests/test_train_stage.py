@@ -26,13 +26,14 @@ from training_tasks import (
 
 from aipo_hpc import batches, checkpoints
 from aipo_hpc.errors import DataError, RecipeError
+from aipo_hpc.fine_tuning import gradient_accumulation_steps
 from aipo_hpc.logps import collate, response_logps
 from aipo_hpc.objectives import OBJECTIVES, objective
 from aipo_hpc.objectives.batch import Extras, Ratios, Shared
 from aipo_hpc.rows import TrainRow, read_rows, write_rows
 from aipo_hpc.settings import content
-from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps, run
-from aipo_hpc.task import Outcome, Task
+from aipo_hpc.stages.train import TrainConfig, run
+from aipo_hpc.task import ADVANCED, Outcome, Task
 from aipo_hpc.trainer import last_epoch_mean
 
 
@@ -89,7 +90,9 @@ def test_training_writes_a_model_that_transformers_loads_and_a_line_per_step(
 
     task, outcome = train(tmp_path / "out", rows, model, num_train_epochs=2.0, save_steps=2)
     assert set(outcome.outputs) == {
-        path.relative_to(task.out).as_posix() for path in task.out.rglob("*") if path.is_file()
+        path.relative_to(task.out).as_posix()
+        for path in task.out.rglob("*")
+        if path.is_file() and path.name != ADVANCED
     }
     assert list(outcome.outputs) == sorted(outcome.outputs)
     assert {"model/config.json", "model/generation_config.json", "model/tokenizer.json"} <= set(outcome.outputs)
@@ -376,7 +379,7 @@ def test_no_pairs_at_all_is_an_error_of_the_data(tmp_path: Path, model: Path) ->
 
 
 def test_a_loss_that_is_no_number_stops_training_at_once(tmp_path: Path, rows: Path, model: Path) -> None:
-    with pytest.raises(RecipeError, match=r"(loss|grad_norm) is (nan|inf) at step \d+: lower train.learning_rate"):
+    with pytest.raises(RecipeError, match=r"(loss|grad_norm) is (nan|inf) at step \d+: lower the learning rate"):
         train(tmp_path / "out", rows, model, learning_rate=1e30, max_grad_norm=0.0)
 
 

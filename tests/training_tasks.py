@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_hpc.rows import Candidate, Message, Pair, write_rows
-from aipo_hpc.stages import reference, train
+from aipo_hpc.stages import reference, sft, train
 from aipo_hpc.task import Input, Outcome, Task
 
 REPOSITORY = Path(__file__).parents[1]
@@ -55,6 +55,7 @@ def reference_task(
     write_rows(folder / "pairs.parquet", pairs, Pair)
     (folder / "out").mkdir()
     inputs = {"pairs": Input(shards={0: (folder / "pairs.parquet",)}), "reference": Input(value=str(model))}
+    inputs["policy"] = inputs["reference"]
     return Task("iter-00/reference", 0, shard, num_shards, 0, inputs, folder / "out", earlier)
 
 
@@ -71,6 +72,15 @@ def train_task(out: Path, rows: Path, model: Path, *, earlier: tuple[Path, ...] 
     return Task("iter-00/train", 0, 0, 1, 7, inputs, out, earlier)
 
 
+def sft_task(out: Path, rows: Path, model: Path, *, earlier: tuple[Path, ...] = ()) -> Task:
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = {"conversations": Input(shards={0: (rows,)}), "policy": Input(value=str(model))}
+    return Task("iter-00/sft", 0, 0, 1, 7, inputs, out, earlier)
+
+
+_DATA = {"iter-00/train": "pairs", "iter-00/sft": "conversations"}
+
+
 def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **config: Any) -> list[int]:
     """Train ``task`` in processes of their own, as a launcher would; return their exit codes."""
     with socket.socket() as free:
@@ -78,8 +88,9 @@ def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **conf
         port = free.getsockname()[1]
     spec = {
         "config": config,
+        "stage": task.job.partition("/")[2],
         "task": {
-            "rows": str(task.inputs["pairs"].files[0]),
+            "rows": str(task.inputs[_DATA[task.job]].files[0]),
             "model": task.inputs["policy"].model,
             "out": str(task.out),
             "earlier": [str(folder) for folder in task.earlier],
@@ -136,18 +147,18 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 def _die(die: str) -> None:
     """Have this process kill itself, as kill -9 would, after a step or in the middle of a checkpoint's save."""
-    from aipo_hpc.trainer import PairTrainer
+    from aipo_hpc.metrics_file import MetricsFile
 
     when, _, step = die.rpartition(" step ")
     name = {"after": "log", "in save of": "_save_optimizer_and_scheduler"}[when]
-    undisturbed = getattr(PairTrainer, name)
+    undisturbed = getattr(MetricsFile, name)
 
     def fatal(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
         return undisturbed(self, *args, **kwargs)
 
-    setattr(PairTrainer, name, fatal)
+    setattr(MetricsFile, name, fatal)
 
 
 def main() -> Outcome:
@@ -155,13 +166,18 @@ def main() -> Outcome:
     if spec["die"]:
         _die(spec["die"])
     where = spec["task"]
-    task = train_task(
+    make, stage, config = {
+        "train": (train_task, train, train.TrainConfig),
+        "sft": (sft_task, sft, sft.SftConfig),
+    }[spec["stage"]]
+    task = make(
         Path(where["out"]),
         Path(where["rows"]),
         Path(where["model"]),
         earlier=tuple(Path(folder) for folder in where["earlier"]),
     )
-    return train.run(train.TrainConfig(**spec["config"]), task)
+    outcome: Outcome = stage.run(config(**spec["config"]), task)
+    return outcome
 
 
 if __name__ == "__main__":

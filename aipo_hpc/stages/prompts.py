@@ -87,15 +87,19 @@ def check(prompts: Iterable[Prompt], source: str, config: PromptsConfig) -> list
 
 def read(source: str, config: PromptsConfig) -> Iterator[Prompt]:
     """Yield the prompts of a file or dataset in its own order."""
+    for where, row in rows_of(source, config.split, config.revision, config.num_proc):
+        yield _prompt(where, row, config)
+
+
+def rows_of(source: str, split: str, revision: str | None, num_proc: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a file or dataset, each with where it is, for messages."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
-        rows = _jsonl(path)
+        yield from _jsonl(path)
     elif path.suffix == ".parquet" and path.is_file():
-        rows = _parquet(path)
+        yield from _parquet(path)
     else:
-        rows = _dataset(source, config)
-    for where, row in rows:
-        yield _prompt(where, row, config)
+        yield from _dataset(source, split, revision, num_proc)
 
 
 def _prompt(where: str, row: dict[str, Any], config: PromptsConfig) -> Prompt:
@@ -122,6 +126,16 @@ def _prompt(where: str, row: dict[str, Any], config: PromptsConfig) -> Prompt:
 
 def _conversation(where: str, messages: Any) -> list[Message]:
     """The turns up to and including the user's last one (a dataset's own answers after it are not the prompt)."""
+    turns = turns_of(where, messages)
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns:
+        raise DataError(f"{where}: 'messages' has no user turn. Remove the row or add the user's message.")
+    return turns
+
+
+def turns_of(where: str, messages: Any) -> list[Message]:
+    """The turns of a conversation. Raises DataError for what is none."""
     try:
         turns = [Message(turn["role"], turn["content"]) for turn in messages]
     except (TypeError, KeyError) as error:
@@ -133,10 +147,6 @@ def _conversation(where: str, messages: Any) -> list[Message]:
             raise DataError(
                 f"{where}: a turn's role and content must be text; got {turn.role!r:.40} and {turn.content!r:.40}."
             )
-    while turns and turns[-1].role != "user":
-        turns.pop()
-    if not turns:
-        raise DataError(f"{where}: 'messages' has no user turn. Remove the row or add the user's message.")
     return turns
 
 
@@ -172,7 +182,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again.") from error
 
 
-def _dataset(source: str, config: PromptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset(source: str, split: str, revision: str | None, num_proc: int) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     path = Path(source)
@@ -184,17 +194,15 @@ def _dataset(source: str, config: PromptsConfig) -> Iterator[tuple[str, dict[str
         )
     try:
         if (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(source)[config.split]
+            loaded = datasets.load_from_disk(source)[split]
         elif (path / "state.json").is_file():
             loaded = datasets.load_from_disk(source)
         else:
-            loaded = datasets.load_dataset(
-                source, split=config.split, revision=config.revision, num_proc=config.num_proc
-            )
+            loaded = datasets.load_dataset(source, split=split, revision=revision, num_proc=num_proc)
     except (OSError, ValueError, KeyError) as error:  # datasets raises these for a missing id, split or network
         raise DataError(
-            f"prompts {source!r}, split {config.split!r} cannot be loaded: {error}\n"
+            f"dataset {source!r}, split {split!r} cannot be loaded: {error}\n"
             "Give a Hugging Face dataset id that is reachable from here (or in the local cache), or a local file."
         ) from error
     for number, row in enumerate(loaded, 1):
-        yield f"{source}[{config.split}], row {number}", row
+        yield f"{source}[{split}], row {number}", row

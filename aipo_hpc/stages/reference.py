@@ -4,7 +4,8 @@ Chosen and rejected responses become token ids here, once, and their summed log-
 stored beside the ids, so that training needs no second model and trains on exactly what was scored.
 
     in    pairs       pairs.parquet, all pairs; shard s of S takes pairs [s*N//S, (s+1)*N//S)
-          reference   the model of the iteration before
+          reference   the model that training holds on to: the iteration's own policy, or another of the same tokens
+          policy      the model that is trained next; its tokenizer makes the ids
     out   rows.parquet     one TrainRow per pair that could be scored, in the order of the pairs
           errors.jsonl     {"prompt_id", "error"} of each pair that could not
 """
@@ -35,6 +36,11 @@ LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_shared_logps", "r
 class ReferenceConfig:
     """Settings of the reference stage."""
 
+    model: str = "previous"
+    """The reference of every iteration: previous (the model that the iteration starts from), initial (the one that the run
+    starts from), or the path or hub name of another model with the same tokens."""
+    revision: str | None = None
+    """Revision of that other model on the hub."""
     num_shards: int = tuning(4)
     """Shards that the pairs are divided into."""
     dtype: str = "bfloat16"
@@ -63,7 +69,7 @@ def run(config: ReferenceConfig, task: Task) -> Outcome:
     errors: dict[str, str] = {}
     with Progress(task, TrainRow) as progress:
         if pairs:
-            _score_all(config, task.inputs["reference"].model, pairs, progress, errors)
+            _score_all(config, task, pairs, progress, errors)
         kept = [pair.prompt_id for pair in pairs if pair.prompt_id in progress]
         if pairs and not kept:
             raise DataError(
@@ -87,15 +93,18 @@ def _slice(pairs: list[Pair], task: Task) -> list[Pair]:
 
 def _score_all(
     config: ReferenceConfig,
-    model_name: str,
+    task: Task,
     pairs: Sequence[Pair],
     progress: Progress[TrainRow],
     errors: dict[str, str],
 ) -> None:
     """Append a row to ``progress``, or an entry to ``errors``, for each pair."""
-    from aipo_hpc.chat import load_tokenizer
+    from aipo_hpc.chat import load_tokenizer, refuse_other_tokens
 
-    tokenizer = load_tokenizer(model_name)
+    model_name, policy = task.inputs["reference"].model, task.inputs["policy"].model
+    if model_name != policy:
+        refuse_other_tokens(policy, model_name)
+    tokenizer = load_tokenizer(policy)
     unscored = []
     for pair in pairs:
         row = _tokenise(tokenizer, pair)

@@ -1,0 +1,148 @@
+"""Training adapters alone: what is trained, what is written, and that a kill costs nothing."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model_folder
+from training_tasks import PLAIN, identical, largest_difference, launch, logs, metrics, scored_rows, train_task, weights
+
+from aipo_hpc import fine_tuning
+from aipo_hpc.errors import RecipeError
+from aipo_hpc.stages.train import TrainConfig, run
+from aipo_hpc.task import ADVANCED
+
+pytest.importorskip("peft")
+LORA: dict[str, Any] = {**PLAIN, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    return scored_rows(tmp_path_factory.mktemp("rows") / "reference", 20, model)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path, model: Path) -> Path:
+    task = train_task(tmp_path_factory.mktemp("lora") / "out", rows, model)
+    outcome = run(TrainConfig(**LORA), task)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model/config.json"} <= {
+        *outcome.outputs
+    }
+    assert set(outcome.outputs) == {
+        path.relative_to(task.out).as_posix()
+        for path in task.out.rglob("*")
+        if path.is_file() and path.name != ADVANCED
+    }
+    return task.out
+
+
+def test_the_model_is_the_policy_with_the_adapters_product_added(trained: Path, model: Path) -> None:
+    before, after, adapter = weights(model), weights(trained / "model"), weights(trained / "adapter")
+    assert set(before) == set(after)
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert {name.split(".")[-2] for name in changed} == LINEAR
+    for name in changed:
+        stem = "base_model.model." + name.removesuffix(".weight")
+        a, b = adapter[f"{stem}.lora_A.weight"], adapter[f"{stem}.lora_B.weight"]
+        assert a.shape[0] == b.shape[1] == 4
+        torch.testing.assert_close(after[name], before[name] + 8 / 4 * b @ a, atol=1e-6, rtol=1e-5)
+    assert metrics(trained)[-1]["rewards/margins"] > 0.01
+
+
+def test_the_model_folder_loads_without_peft_and_says_so(trained: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(trained / "model")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert "peft" not in (trained / "model" / "config.json").read_text()
+    assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_adapters_go_where_they_are_wanted(tmp_path: Path, rows: Path, model: Path) -> None:
+    task = train_task(tmp_path / "out", rows, model)
+    run(TrainConfig(**LORA, lora_target_modules=("q_proj", "v_proj")), task)
+    before, after = weights(model), weights(task.out / "model")
+    assert {name.split(".")[-2] for name in before if not before[name].equal(after[name])} == {"q_proj", "v_proj"}
+    with pytest.raises(RecipeError, match=r"train.lora_target_modules=\['qq_proj'\]"):
+        run(TrainConfig(**LORA, lora_target_modules=("qq_proj",)), train_task(tmp_path / "wrong", rows, model))
+
+
+def test_a_bfloat16_policy_has_fp32_adapters_and_a_bfloat16_model(tmp_path: Path, rows: Path, model: Path) -> None:
+    task = train_task(tmp_path / "out", rows, model)
+    run(TrainConfig(**{**LORA, "dtype": "bfloat16"}), task)
+    assert {tensor.dtype for tensor in weights(task.out / "adapter").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(task.out / "model").values()} == {torch.bfloat16}
+
+
+def test_kill_9_and_resume_give_the_weights_of_an_undisturbed_run(tmp_path: Path, rows: Path, model: Path) -> None:
+    config = {**LORA, "save_steps": 1, "lora_dropout": 0.1, "num_train_epochs": 2.0}
+    whole = train_task(tmp_path / "whole", rows, model)
+    run(TrainConfig(**config), whole)
+    first = train_task(tmp_path / "first", rows, model)
+    assert launch(first, die="after step 3", **config) == [-9], logs(first)
+    second = train_task(tmp_path / "second", rows, model, earlier=(first.out,))
+    outcome = run(TrainConfig(**config), second)
+    assert outcome.counts["resumed_from_step"] == 2
+    assert identical(whole.out / "adapter", second.out / "adapter")
+    assert identical(whole.out / "model", second.out / "model")
+
+
+@pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_adapters_under_zero_with_two_processes_are_those_of_one(
+    tmp_path: Path, rows: Path, model: Path, trained: Path, zero_stage: int
+) -> None:
+    pytest.importorskip("deepspeed")
+    task = train_task(tmp_path / "out", rows, model)
+    assert launch(task, num_processes=2, **{**LORA, "zero_stage": zero_stage}) == [0, 0], logs(task)
+    assert largest_difference(trained / "adapter", task.out / "adapter") < 1e-3
+    assert largest_difference(trained / "model", task.out / "model") < 1e-3
+    for line, same in zip(metrics(trained), metrics(task.out), strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_kill_9_under_zero_and_resume_give_the_adapters_of_an_undisturbed_run(
+    tmp_path: Path, rows: Path, model: Path, zero_stage: int
+) -> None:
+    pytest.importorskip("deepspeed")
+    config = {**LORA, "zero_stage": zero_stage, "save_steps": 1}
+    whole = train_task(tmp_path / "whole", rows, model)
+    assert launch(whole, num_processes=2, **config) == [0, 0], logs(whole)
+    first = train_task(tmp_path / "first", rows, model)
+    assert launch(first, num_processes=2, die="after step 3", **config) == [-9, -9], logs(first)
+    second = train_task(tmp_path / "second", rows, model, earlier=(first.out,))
+    assert launch(second, num_processes=2, **config) == [0, 0], logs(second)
+    assert "'resumed_from_step': 2" in logs(second)
+    assert identical(whole.out / "adapter", second.out / "adapter")
+
+
+def test_four_bits_need_adapters_and_weights_that_are_not_split() -> None:
+    with pytest.raises(RecipeError, match=r"train.load_in_4bit=True must be used with lora_r and a zero_stage below 3"):
+        TrainConfig(load_in_4bit=True)
+    with pytest.raises(RecipeError, match="zero_stage below 3"):
+        TrainConfig(load_in_4bit=True, lora_r=8, zero_stage=3)
+
+
+def test_four_bits_without_bitsandbytes_or_a_gpu_are_refused_with_the_way_out(
+    tmp_path: Path, rows: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TrainConfig(**LORA), load_in_4bit=True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(RecipeError, match=r"train.load_in_4bit=True needs the package bitsandbytes.*pip install"):
+        run(config, train_task(tmp_path / "out", rows, model))
+    monkeypatch.setattr(fine_tuning, "refuse_missing_packages", lambda config: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="load_in_4bit needs a GPU"):
+        run(config, train_task(tmp_path / "out", rows, model))
