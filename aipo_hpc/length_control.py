@@ -13,6 +13,7 @@ What AlpacaEval's own model has besides: a difficulty of each instruction, estim
 penalty that draws b towards what was seen of models told to be brief or verbose. Both need verdicts on other models.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ def length_controlled(wins: Sequence[float], differences: Sequence[float]) -> Le
     wins from the losses, as it always does if there are only wins or only losses.
     """
     import numpy as np
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     won, difference = np.asarray(wins, dtype=float), np.asarray(differences, dtype=float)
@@ -50,11 +52,14 @@ def length_controlled(wins: Sequence[float], differences: Sequence[float]) -> Le
     design = np.column_stack([ones, feature] if varies else [ones])
     # A verdict of w counts w times as a win and 1 - w times as a loss.
     model = LogisticRegression(C=np.inf, fit_intercept=False, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    model.fit(
-        np.concatenate([design, design]),
-        np.repeat([1, 0], len(won)),
-        sample_weight=np.concatenate([won, 1 - won]),
-    )
+    with warnings.catch_warnings():
+        # At the optimum no further step is an improvement that a float can tell, which is taken for a failure.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(
+            np.concatenate([design, design]),
+            np.repeat([1, 0], len(won)),
+            sample_weight=np.concatenate([won, 1 - won]),
+        )
     coefficients = model.coef_[0]
     expected = 1 / (1 + np.exp(-design @ coefficients))
     bread = np.linalg.inv(design.T @ (design * (expected * (1 - expected))[:, None]))
