@@ -24,4 +24,12 @@ def test_what_is_accepted_doubles_what_is_tried_next() -> None:
     for number in (3, 6):
         allowance.refused(7, now=0.0)
         allowance.accepted(number)
-        assert allowance.at(0.0) == max(3, 2 * number)
+        assert allowance.at(20.0) == max(3, 2 * number)
+
+
+def test_a_room_that_was_just_filled_is_left_alone_for_a_while() -> None:
+    allowance = Allowance(wait=20.0)
+    allowance.refused(8, now=0.0)
+    allowance.accepted(4)
+    allowance.refused(8, now=1.0)
+    assert (allowance.at(20.0), allowance.at(21.0)) == (0, 4)

@@ -22,6 +22,8 @@ AccountingStorageHost=localhost
 AccountingStoragePort={ports["slurmdbd"]}
 AccountingStoragePass={folder.munge_socket}
 AccountingStorageTRES=gres/gpu"""
+        if settings.enforce_limits:
+            accounting += "\nAccountingStorageEnforce=limits"
     return f"""\
 ClusterName={CLUSTER}
 SlurmctldHost=localhost

@@ -39,6 +39,7 @@ _FOLDERS = ("pids", "state", "db", "dev", "run", "logs")
 class Settings:
     nodes: int = 4
     accounting: bool = True
+    enforce_limits: bool = False
     max_array_size: int = 1001
     min_job_age: int = 300
     slurmd_timeout: int = 60
