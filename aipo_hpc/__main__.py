@@ -110,12 +110,18 @@ def print_tail(log: str, lines: int) -> None:
         print("\n".join(Path(log).read_text(errors="replace").splitlines()[-lines:]))
 
 
-def report(run: Folder) -> None:
-    """Print what a run achieved: win rates, lengths, pairs, times, and where the final model lies."""
-    from aipo_hpc.report import print_report
+def report(run: Folder, manifest: bool = False) -> None:
+    """Print what a run achieved: win rates, lengths, pairs, times, and where the final model lies.
+
+    Args:
+        run: a run directory.
+        manifest: print instead the chain from the newest model back to the prompts and models it was made from, and write
+            the manifests of all iterations again.
+    """
+    from aipo_hpc.report import print_lineage, print_report
 
     opened = Run(Path(run))
-    print_report(opened, read_graph(opened))
+    (print_lineage if manifest else print_report)(opened, read_graph(opened))
 
 
 def cancel(run: Folder) -> None:

@@ -21,6 +21,7 @@ from aipo_hpc.graph import Graph
 from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
+from aipo_hpc.manifest import Manifests
 from aipo_hpc.pace import Pace, doomed
 from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
@@ -63,6 +64,7 @@ class Driver:
         """The scheduler did not answer the last query."""
         self._over_since: dict[Element, float] = {}
         self._inspector = Inspector(run, graph)
+        self._manifests = Manifests(run, graph)
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
@@ -105,6 +107,7 @@ class Driver:
         if self._retract_damaged(view) or self._is_work_here(view):
             run_here(self._run, self._graph, self._journal, self._tell)
             view = self.look()
+        self._manifests.update(view.done)
         decision = reconcile(self._graph, view, self._cluster.limits)
         for record in decision.record:
             self._record(record)

@@ -13,7 +13,6 @@ What AlpacaEval's own model has besides: a difficulty of each instruction, estim
 penalty that draws b towards what was seen of models told to be brief or verbose. Both need verdicts on other models.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,15 +29,15 @@ class LengthControlled:
 def length_controlled(wins: Sequence[float], differences: Sequence[float]) -> LengthControlled | None:
     """Fit verdicts (1, 0.5 or 0) to length differences (own minus other).
 
-    None where the verdicts do not determine it: fewer than three, or such that a threshold of the difference separates the
-    wins from the losses, as it always does if there are only wins or only losses.
+    None where the verdicts do not determine it: fewer than three; or all of them on answers that are longer (or all shorter)
+    than the other's; or such that a threshold of the difference separates the wins from the losses, as it always does if
+    there are only wins or only losses.
     """
     import numpy as np
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     won, difference = np.asarray(wins, dtype=float), np.asarray(differences, dtype=float)
-    if len(won) < 3:
+    if len(won) < 3 or not difference.min() <= 0 <= difference.max():
         return None
     spread = difference.std(ddof=1)
     feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
@@ -51,15 +50,12 @@ def length_controlled(wins: Sequence[float], differences: Sequence[float]) -> Le
     ones = np.ones_like(feature)
     design = np.column_stack([ones, feature] if varies else [ones])
     # A verdict of w counts w times as a win and 1 - w times as a loss.
-    model = LogisticRegression(C=np.inf, fit_intercept=False, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    with warnings.catch_warnings():
-        # At the optimum no further step is an improvement that a float can tell, which is taken for a failure.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(
-            np.concatenate([design, design]),
-            np.repeat([1, 0], len(won)),
-            sample_weight=np.concatenate([won, 1 - won]),
-        )
+    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=1000)
+    model.fit(
+        np.concatenate([design, design]),
+        np.repeat([1, 0], len(won)),
+        sample_weight=np.concatenate([won, 1 - won]),
+    )
     coefficients = model.coef_[0]
     expected = 1 / (1 + np.exp(-design @ coefficients))
     bread = np.linalg.inv(design.T @ (design * (expected * (1 - expected))[:, None]))

@@ -6,7 +6,9 @@ from typing import Any
 from rich.table import Table
 
 from aipo_hpc.graph import Graph
-from aipo_hpc.sentinel import Sentinel
+from aipo_hpc.ledger import counts, effort, finished
+from aipo_hpc.lineage import chain, newest_model
+from aipo_hpc.manifest import write_manifest
 from aipo_hpc.store import Run
 from aipo_hpc.terminal import print_table
 
@@ -20,23 +22,18 @@ def print_report(run: Run, graph: Graph) -> None:
     print(f"final model: {model}" if model else "no model is finished yet")
 
 
+def print_lineage(run: Run, graph: Graph) -> None:
+    """Write the manifests of all iterations that have begun, and print the chain from the newest model to its origins."""
+    for iteration in iterations(graph):
+        if any(finished(run, graph, name) for name, job in graph.jobs.items() if job.iteration == iteration):
+            write_manifest(run, graph, iteration)
+    newest = newest_model(run, graph)
+    print("\n".join(chain(run, graph, newest)) if newest else "no model is finished yet")
+
+
 def iterations(graph: Graph) -> list[int]:
     """The iterations of a graph."""
     return sorted({job.iteration for job in graph.jobs.values()})
-
-
-def counts(run: Run, graph: Graph, name: str) -> Mapping[str, float]:
-    """Sums of the counts of a job's finished shards (of a job with one shard: its counts)."""
-    total: dict[str, float] = {}
-    for sentinel in finished(run, graph, name).values():
-        for key, value in sentinel.counts.items():
-            total[key] = total.get(key, 0) + value
-    return total
-
-
-def finished(run: Run, graph: Graph, name: str) -> Mapping[int, Sentinel]:
-    """Sentinels of a job; none if the job is not in the graph."""
-    return run.job(name).done(graph.fingerprints[name]) if name in graph.jobs else {}
 
 
 def results_table(run: Run, graph: Graph) -> Table:
@@ -110,11 +107,9 @@ def times_table(run: Run, graph: Graph) -> Table:
     for iteration in iterations(graph):
         cells = []
         for stage in stages:
-            done = finished(run, graph, f"iter-{iteration:02d}/{stage}").values()
-            seconds = max((each.ended for each in done), default=0.0) - min(
-                (each.started for each in done), default=0.0
-            )
-            cells.append(f"{seconds:.1f}" if done else "")
+            name = f"iter-{iteration:02d}/{stage}"
+            done = finished(run, graph, name).values()
+            cells.append(f"{effort(done, graph.jobs[name])['seconds']:.1f}" if done else "")
         table.add_row(f"{iteration + 1} (iter-{iteration:02d})", *cells)
     return table
 

@@ -40,8 +40,10 @@ class Sentinel:
     scheduler: Mapping[str, str] = field(default_factory=dict)
     """Slurm's ids of the task, where there are any."""
     gpus: tuple[str, ...] = ()
-    """Models of the GPUs that the task had."""
+    """Models of the GPUs that the task had, on its first node."""
     num_processes: int = 1
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the code that did the work, see ``versions.py``."""
 
     @property
     def digest(self) -> str:

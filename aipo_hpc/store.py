@@ -14,7 +14,9 @@
           failed/00003.2.json     shard 3's second failure: class, message, end of the traceback, node, log
           logs/                   submitit's envelopes and the output of each task
         rank/  pairs/  reference/  train/  answers/  evaluate/
+        manifest.json             what the iteration was made of and came to; made of the above, and made again if need be
       iter-01/ ...
+      report/                     tables and plots that were asked for
 
 A shard is done if and only if its sentinel is there, is whole (it carries a digest of itself) and bears the job's
 fingerprint. A sentinel is written last: a temporary file in the same folder, fsync, link to its name, fsync of the folder.
@@ -53,6 +55,8 @@ JOURNAL = "journal.jsonl"
 LEASE = "driver.lease"
 SET_ASIDE = "set-aside"
 _CHAIN = "chain"
+MANIFEST = "manifest.json"
+REPORT = "report"
 _JOB = "job.json"
 _SHARDS, _DONE, _FAILED, _LOGS = "shards", "done", "failed", "logs"
 
@@ -363,12 +367,13 @@ class Run:
         return events
 
     def set_jobs_aside(self, names: list[str]) -> Path:
-        """Move the folders of jobs to a new folder below set-aside/ and return it; the last first.
+        """Move the folders of jobs, and what tells of them, to a new folder below set-aside/ and return it; the last first.
 
         So whatever a crash leaves in place still has its inputs beside it.
         """
         target = self.path / SET_ASIDE / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
-        for name in reversed(names):
+        manifests = {f"{name.split('/')[0]}/{MANIFEST}" for name in names}
+        for name in (*sorted(manifests), *reversed(names)):
             if (self.path / name).exists():
                 (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 os.rename(self.path / name, target / name)

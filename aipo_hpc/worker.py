@@ -27,6 +27,7 @@ from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain, with_smaller_batches
 from aipo_hpc.store import JobFolder, Run
 from aipo_hpc.task import Input, Outcome, Place, Task
+from aipo_hpc.versions import used_versions
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         scheduler=scheduler_ids(),
         gpus=gpu_models(),
         num_processes=place.world_size,
+        versions=used_versions(),
     )
     first = folder.publish(sentinel)
     print(f"{envelope.job} shard {envelope.shard}: {'done' if first else 'another attempt was first'}", flush=True)

@@ -22,15 +22,15 @@ LAYERS = {
     "words": "errors settings resources identity processes sentinel rows task allowance pace adjustment fine_tuning "
     "clusters engines rankers rankers.config seeds selection filters objectives.*",
     "files": "durable ownership failures store journal lease progress",
-    "science": "length_control batches logps chat model_files checkpoints process_group gang trainer training sft_trainer "
-    "lora metrics_file running_ratios engines.guard rankers.*",
+    "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "
+    "sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "recipe arguments",
     "graph": "graph record drift preflight",
     "execution": "reconcile damage worker here clusters.*",
-    "driver": "driver chain cancel",
-    "user": "plan terminal report launch __main__",
+    "driver": "ledger model_card manifest driver chain cancel",
+    "user": "lineage plan terminal report launch __main__",
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""
 
@@ -48,7 +48,7 @@ HEAVY = {
     "matplotlib",
 }
 
-FILE_NAMES = {"recipe.json", "journal.jsonl", "driver.lease", "set-aside", "job.json"}
+FILE_NAMES = {"manifest.json", "recipe.json", "journal.jsonl", "driver.lease", "set-aside", "job.json"}
 FOLDER_NAMES = {"done", "failed", "shards", "logs"}
 
 

@@ -39,12 +39,32 @@ def test_a_judge_that_looks_at_length_alone_gives_half():
 
 def test_a_judge_that_does_not_look_at_length_gives_the_plain_win_rate_and_its_error():
     wins = [1.0] * 6 + [0.5] * 2 + [0.0] * 2
-    for differences in ([0.0] * 10, [7.0] * 10):
+    found = length_controlled(wins, [0.0] * 10)
+    assert found is not None
+    assert found.win_rate == pytest.approx(0.7, abs=1e-7)
+    assert found.standard_error == pytest.approx(stdev(wins) / math.sqrt(10), rel=1e-6)
+    assert found.slope == 0
+
+
+@pytest.mark.parametrize("differences", [[0.0] * 6, [0.0] * 5 + [7.0], [-3.0, 2.0, 0.0, 8.0, -9.0, 1.0]])
+def test_ties_alone_are_half_and_half(differences):
+    found = length_controlled([0.5] * 6, differences)
+    assert found is not None and (found.win_rate, found.standard_error, found.slope) == (0.5, 0.0, 0.0)
+
+
+def test_few_verdicts_of_any_kind_are_fitted_or_refused_and_never_an_error():
+    draw = random.Random(5)
+    fitted = 0
+    for _ in range(300):
+        number, ties = draw.choice([3, 4, 6, 16]), draw.choice([0.1, 0.5, 0.9])
+        wins = [0.5 if draw.random() < ties else draw.choice([0.0, 1.0]) for _ in range(number)]
+        differences = [0 if win == 0.5 and draw.random() < 0.7 else draw.randint(-50, 50) for win in wins]
         found = length_controlled(wins, differences)
-        assert found is not None
-        assert found.win_rate == pytest.approx(0.7, abs=1e-7)
-        assert found.standard_error == pytest.approx(stdev(wins) / math.sqrt(10), rel=1e-6)
-        assert found.slope == 0
+        if found is not None:
+            fitted += 1
+            assert 0 < found.win_rate < 1 and 0 <= found.standard_error < 1
+    print(f"{fitted} of 300 small sets of verdicts determine a rate")
+    assert fitted > 100
 
 
 def test_a_tie_is_half_a_win_and_half_a_loss():
@@ -96,6 +116,8 @@ def test_the_error_is_what_repeated_draws_show():
         ([0.0] * 5, [1.0, 2.0, -3.0, 4.0, 5.0]),
         ([1.0, 1.0, 0.0, 0.0], [5.0, 3.0, 1.0, -2.0]),  # a threshold of the difference tells all verdicts
         ([0.0, 0.0, 1.0, 1.0], [5.0, 3.0, 1.0, -2.0]),
+        ([1.0, 0.0, 1.0, 0.0], [25.0, 50.0, 30.0, 26.0]),  # all longer: what holds at no difference was never seen
+        ([1.0, 0.0, 1.0, 0.5], [-7.0, -7.0, -7.0, -7.0]),
     ],
 )
 def test_verdicts_that_do_not_determine_it_give_no_figure(wins, differences):
