@@ -4,6 +4,9 @@
                        └─ baseline ─────────────────────────────────────────────────────┘
     iter-01   generate (policy: iter-00/train) ── rank ── ...
 
+With self-instruct (``instruct.num_prompts``), ``instruct ── collect`` come before every ``generate`` and make its prompts,
+from seeds that are the source's prompts or the job ``seeds``, in the job ``clusters`` if there are to be clusters.
+
 ``answers`` and ``baseline`` are the stage ``generate`` over the held-out prompts, with the new and with the initial policy.
 The policy of an iteration is the model that the iteration before it trained; it is also its reference, unless the recipe
 names another. With ``conversations.source``, ``conversations ── sft`` come first, and the initial policy is what they make.
@@ -23,7 +26,20 @@ from aipo_hpc.rankers.config import POLICY, RankerConfig, models, without_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import content
-from aipo_hpc.stages import conversations, evaluate, generate, pairs, prompts, rank, reference, sft, train
+from aipo_hpc.stages import (
+    clusters,
+    collect,
+    conversations,
+    evaluate,
+    generate,
+    instruct,
+    pairs,
+    prompts,
+    rank,
+    reference,
+    sft,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,9 @@ STAGES: Mapping[str, Stage] = {
     "prompts": Stage("aipo_hpc.stages.prompts", prompts.PromptsConfig),
     "conversations": Stage("aipo_hpc.stages.conversations", conversations.ConversationsConfig),
     "sft": Stage("aipo_hpc.stages.sft", sft.SftConfig),
+    "clusters": Stage("aipo_hpc.stages.clusters", clusters.ClustersConfig),
+    "instruct": Stage("aipo_hpc.stages.instruct", instruct.InstructConfig),
+    "collect": Stage("aipo_hpc.stages.collect", collect.CollectConfig),
     "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
     "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
     "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
@@ -221,13 +240,46 @@ def build_graph(recipe: Recipe) -> Graph:
     if (name := recipe.reference.model) not in ("previous", "initial"):
         held[name] = outside(name, recipe.reference.revision)
     policy: Edge | Outside = initial
+    asked = Edge(prompts_job, prompts.TRAIN)
+    made: dict[str, Edge | Outside] = {}
+    known: dict[str, Edge | Outside] = {"pool": asked, "held_out": Edge(prompts_job, prompts.HELD_OUT)}
+    if recipe.instruct.num_prompts and recipe.seed_prompts:
+        seeds = outside(recipe.seed_prompts, recipe.seed_data.revision)
+        known["pool"] = Edge(add(0, "seeds", recipe.seed_data, {"source": seeds}, stage="prompts"), prompts.TRAIN)
+    if recipe.instruct.num_prompts and recipe.clusters.num_clusters:
+        clustered = {"pool": known["pool"]}
+        if recipe.clusters.model_name_or_path:
+            clustered["embedder"] = outside(recipe.clusters.model_name_or_path, recipe.clusters.revision)
+        clustering = dataclasses.replace(recipe.clusters, model_name_or_path="", revision=None)
+        known["clusters"] = Edge(add(0, "clusters", clustering, clustered), clusters.CLUSTERS)
     for iteration in range(recipe.iterations):
+        if recipe.instruct.num_prompts:
+            instructed = add(
+                iteration,
+                "instruct",
+                recipe.instruct,
+                {**known, **made, "policy": policy},
+                recipe.instruct.num_shards,
+            )
+            collected = add(
+                iteration,
+                "collect",
+                collect.CollectConfig(
+                    num_prompts=recipe.instruct.num_prompts,
+                    near_duplicate=recipe.instruct.near_duplicate,
+                    min_share=recipe.instruct.min_share,
+                    resources=recipe.instruct.collect_resources,
+                ),
+                {"new": Edge(instructed, instruct.PROMPTS)},
+            )
+            asked = Edge(collected, collect.PROMPTS)
+            made[f"{instruct.MADE}{iteration:02d}"] = asked
         shards = recipe.generate.num_shards
         generated = add(
             iteration,
             "generate",
             recipe.generate,
-            {"prompts": Edge(prompts_job, prompts.TRAIN), "policy": policy},
+            {"prompts": asked, "policy": policy},
             shards,
         )
         ranked = add(

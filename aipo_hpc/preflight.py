@@ -50,7 +50,7 @@ def _check_references(graph: Graph) -> None:
 
 
 def _kind(job: Job, name: str) -> str:
-    """What an outside input is checked as: policy, reference, source, ranker, chat ranker."""
+    """What an outside input is checked as: policy, reference, source, ranker, chat ranker, embedder."""
     if name == "ranker" or name.startswith("ranker."):
         single = models(job.config)[name]
         return "chat ranker" if RANKERS[single.ranker].chat else "ranker"

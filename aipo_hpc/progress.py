@@ -3,10 +3,12 @@
     <attempt>/progress.jsonl   one finished row per line, in order of finishing; a torn last line is not believed
     <attempt>/rows.parquet     written once at the end, in the order of the shard's prompts
 
-A new attempt first takes over the lines of all earlier attempts at its shard, the first finished row of a prompt wins;
-because the final file has its own order, it does not depend on how often the work was interrupted.
+A row is known by its first field, the id of a prompt or of a call. A new attempt first takes over the lines of all earlier
+attempts at its shard, the first finished row of an id wins; because the final file has its own order, it does not depend on
+how often the work was interrupted.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -96,7 +98,8 @@ class Progress(Generic[Row]):
 
 
 def _key(row: Any) -> str:
-    key: str = row.prompt_id
+    """What a row is known by: its first field."""
+    key: str = getattr(row, dataclasses.fields(row)[0].name)
     return key
 
 

@@ -18,12 +18,15 @@ import tyro
 from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.fine_tuning import gradient_accumulation_steps, refuse_missing_packages
+from aipo_hpc.instruct_settings import COUNTS, refuse_missing_libraries, unfit_settings
 from aipo_hpc.rankers.config import check_models, check_ranker
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
+from aipo_hpc.stages.clusters import ClustersConfig
 from aipo_hpc.stages.conversations import ConversationsConfig
 from aipo_hpc.stages.evaluate import EvaluateConfig, judging
 from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.stages.instruct import InstructConfig
 from aipo_hpc.stages.pairs import PairsConfig
 from aipo_hpc.stages.prompts import PromptsConfig
 from aipo_hpc.stages.rank import RankConfig
@@ -81,6 +84,11 @@ class Recipe:
     data: PromptsConfig = PromptsConfig()
     conversations: ConversationsConfig = ConversationsConfig()
     sft: SftConfig = SftConfig()
+    instruct: InstructConfig = InstructConfig()
+    seed_prompts: str = ""
+    """Where the seeds of self-instruct come from, as ``prompts`` (empty: the run's prompts, without those held out)."""
+    seed_data: PromptsConfig = PromptsConfig(num_held_out=0)
+    clusters: ClustersConfig = ClustersConfig()
     generate: GenerateConfig = GenerateConfig()
     rank: RankConfig = RankConfig()
     pairs: PairsConfig = PairsConfig()
@@ -113,6 +121,7 @@ def validate(recipe: Recipe) -> None:
         check_ranker(recipe.evaluate, "evaluate")
     check_models(judging(recipe.evaluate, recipe.rank), "evaluate")
     check_engine(recipe.generate)
+    check_engine(recipe.instruct)
     wrong = [
         (
             not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name),
@@ -164,7 +173,12 @@ def validate(recipe: Recipe) -> None:
     for stage in ("generate", "rank", "evaluate"):
         dtype = getattr(recipe, stage).dtype
         wrong.append((dtype not in DTYPES, f"{stage}.dtype={dtype!r}: must be one of {', '.join(DTYPES)}."))
-    for stage in ("generate", "rank", "pairs", "reference", "train", "evaluate"):
+    if recipe.instruct.num_prompts:
+        wrong += unfit_settings(recipe.instruct, recipe.clusters, recipe.generate)
+        positive |= {f"instruct.{name}": getattr(recipe.instruct, name) for name in COUNTS}
+        if recipe.slurm.python is None:  # what is installed here is what tasks have
+            refuse_missing_libraries(recipe.instruct, recipe.clusters)
+    for stage in ("instruct", "clusters", "generate", "rank", "pairs", "reference", "train", "evaluate"):
         resources = getattr(recipe, stage).resources
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "time", "array_parallelism"):
             positive[f"{stage}.resources.{name}"] = getattr(resources, name)

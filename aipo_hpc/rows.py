@@ -1,7 +1,10 @@
 """The rows that travel between stages, and their Parquet files.
 
 Conversation conversations -> sft
-Prompt      prompts   -> generate
+Prompt      prompts   -> generate, clusters, instruct; collect -> generate
+Clustered   clusters  -> instruct            which cluster a prompt of the pool is in
+Call        instruct                         what one call of self-instruct showed and got
+NewPrompt   instruct  -> collect             a prompt that the policy made
 Responses   generate  -> rank, evaluate      one row per prompt, n candidates
 Ranked      rank      -> pairs               Responses + a score and a rank per candidate
 Pair        pairs     -> reference           chosen and rejected text
@@ -44,6 +47,37 @@ class Prompt:
     prompt_id: str
     prompt: str
     messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """The cluster of a prompt."""
+
+    prompt_id: str
+    cluster: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of self-instruct: the prompts that it showed, and how the model went on; ``error`` says why it did not."""
+
+    call_id: str
+    cluster: int
+    seed_ids: list[str]
+    text: str
+    finish_reason: str
+    num_tokens: int
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class NewPrompt:
+    """A prompt that the policy made in a call."""
+
+    prompt_id: str
+    prompt: str
+    cluster: int
+    call_id: str
 
 
 @dataclass(frozen=True)

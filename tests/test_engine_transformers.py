@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,20 @@ def test_a_response_ends_at_any_token_of_the_generation_config_and_at_the_tokeni
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}))
     [by_tokenizer], _ = ended_by(folder, 2)
     assert (by_tokenizer.finish_reason, by_tokenizer.num_tokens) == ("stop", first + 1)
+
+
+def test_sampling_ends_where_a_stop_text_comes_up_whatever_its_neighbours_do(tiny_model: Path) -> None:
+    engine = TransformersEngine(config(max_tokens=40), str(tiny_model))
+    plain = sampled(engine, requests(4))
+    assert all(done.finish_reason == "length" for done in plain)
+    stops = [(), (plain[1].text[9:13],), (plain[2].text[20:23], "not there"), ("not there",)]
+    asked = [[replace(each, stop=stop)] for [each], stop in zip(requests(4), stops, strict=True)]
+    found = sampled(engine, asked)
+    for done, whole, stop in zip(found, plain, stops, strict=True):
+        ends = [whole.text.index(text) for text in stop if text in whole.text]
+        assert done.text == whole.text[: min(ends, default=None)]
+        assert done.finish_reason == ("stop" if ends else "length")
+        assert (done.num_tokens < whole.num_tokens) == bool(ends)
 
 
 def test_penalties_of_the_models_generation_config_do_not_change_what_is_sampled(tmp_path: Path) -> None:

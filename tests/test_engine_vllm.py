@@ -100,6 +100,9 @@ def process(folder: Path, model: Path) -> None:
         [ask(5, seed=8)],
     ]
     result["direct"] = [asdict(done) for done in engine.generate(asked)]
+    [whole] = engine.generate([[ask(6)]])
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    result["stopped"] = [asdict(done) for done in (whole, *engine.generate([[replace(ask(6), stop=(stop,))]]))]
     result["judged"], result["replies"] = judged(engine, model)
     (folder / "result.json").write_text(json.dumps(result))
     for _ in engine.generate([[ask(number, seed=number)] for number in range(100_000)]):
@@ -213,6 +216,13 @@ def test_refused_requests_are_reported_and_hurt_no_other(running: Running) -> No
         assert words in direct[name]["error"]
         assert (direct[name]["text"], direct[name]["num_tokens"]) == ("", 0)
     assert all(direct[name]["error"] is None and direct[name]["num_tokens"] > 0 for name in ("r0", "r4", "r5"))
+
+
+def test_sampling_ends_where_a_stop_text_comes_up(running: Running) -> None:
+    whole, stopped = running.result["stopped"]
+    [stop] = stopped["request"]["stop"]
+    assert stopped["text"] == whole["text"][: whole["text"].index(stop)] != whole["text"]
+    assert stopped["finish_reason"] == "stop" and stopped["num_tokens"] < whole["num_tokens"]
 
 
 def test_the_engines_model_can_judge_and_each_reply_is_drawn_by_its_own_seed(running: Running) -> None:

@@ -36,6 +36,54 @@ def test_a_recipe_makes_the_jobs_of_each_iteration_in_an_order_in_which_they_can
     assert list(build_graph(demo).jobs) == expected
 
 
+def with_instruct(recipe: Recipe, **changes: Any) -> Recipe:
+    return replace(recipe, instruct=replace(recipe.instruct, num_prompts=10, num_shards=3), **changes)
+
+
+def test_self_instruct_makes_the_prompts_of_every_iteration_with_its_policy_from_the_same_seeds(demo: Recipe) -> None:
+    graph = build_graph(with_instruct(demo))
+    pool, held_out = ("iter-00/prompts", "train.parquet", "all"), ("iter-00/prompts", "held_out.parquet", "all")
+    first, second = ((f"iter-{number:02d}/collect", "prompts.parquet", "all") for number in (0, 1))
+    assert edges(graph, "iter-00/instruct") == {"pool": pool, "held_out": held_out}
+    assert edges(graph, "iter-01/instruct") == {
+        "pool": pool,
+        "held_out": held_out,
+        "made.00": first,
+        "policy": ("iter-00/train", "model/", "all"),
+    }
+    assert edges(graph, "iter-01/collect") == {"new": ("iter-01/instruct", "prompts.parquet", "all")}
+    assert edges(graph, "iter-00/generate")["prompts"] == first
+    assert edges(graph, "iter-01/generate")["prompts"] == second
+    assert edges(graph, "iter-00/baseline")["prompts"] == held_out
+    assert graph.jobs["iter-01/instruct"].num_shards == 3
+    assert graph.jobs["iter-01/collect"].config.num_prompts == 10
+    assert graph.jobs["iter-01/collect"].resources == demo.instruct.collect_resources
+
+
+def test_seeds_of_their_own_and_their_clusters_are_jobs_that_all_iterations_share(demo: Recipe) -> None:
+    model = demo.rank.model_name_or_path
+    clusters = replace(demo.clusters, num_clusters=4, embeddings="bert", model_name_or_path=model)
+    graph = build_graph(with_instruct(demo, seed_prompts=demo.prompts, clusters=clusters))
+    pool = ("iter-00/seeds", "train.parquet", "all")
+    assert graph.jobs["iter-00/seeds"].stage == "prompts" and graph.jobs["iter-00/seeds"].config.num_held_out == 0
+    assert edges(graph, "iter-00/clusters") == {"pool": pool}
+    embedder = graph.jobs["iter-00/clusters"].inputs["embedder"]
+    assert isinstance(embedder, Outside) and embedder.value == model
+    for iteration in (0, 1):
+        found = edges(graph, f"iter-{iteration:02d}/instruct")
+        assert (found["pool"], found["clusters"]) == (pool, ("iter-00/clusters", "clusters.parquet", "all"))
+
+
+def test_without_self_instruct_its_settings_change_nothing(demo: Recipe) -> None:
+    changed = replace(demo, instruct=replace(demo.instruct, num_seeds=3), seed_prompts=demo.prompts)
+    assert build_graph(changed).fingerprints == build_graph(demo).fingerprints
+
+
+def test_more_iterations_of_self_instruct_leave_the_earlier_ones_as_they_are(demo: Recipe) -> None:
+    two, three = (build_graph(with_instruct(replace(demo, iterations=number))).fingerprints for number in (2, 3))
+    assert two.items() <= three.items()
+
+
 def test_each_job_reads_what_it_should(demo: Recipe) -> None:
     graph = build_graph(demo)
     rows = "rows.parquet"

@@ -46,12 +46,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """One candidate to sample: the prompt as token ids, and the seed of its own random numbers."""
+    """One candidate to sample: the prompt as token ids, and the seed of its own random numbers.
+
+    Sampling also ends where one of the texts of ``stop`` comes up, which is not part of the completion.
+    """
 
     prompt_id: str
     candidate: int
     prompt_token_ids: tuple[int, ...]
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ have a fixed composition (``batch_size`` prompts in the shard's order), so a rep
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -14,6 +14,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -21,6 +23,9 @@ from transformers import (
 
 from aipo_hpc.chat import load_tokenizer
 from aipo_hpc.engines import Completion, EngineConfig, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class GumbelNoise(LogitsProcessor):
@@ -35,6 +40,27 @@ class GumbelNoise(LogitsProcessor):
             [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in self._generators]
         )
         return scores.float() - noise.log().to(scores.device)
+
+
+class StopTexts(StoppingCriteria):
+    """Ends each row at which one of its own texts comes up; looks at the row's last tokens alone."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[Sequence[str]]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        # A token is a byte or more.
+        self._tail = 1 + max((len(text.encode()) for stop in stops for text in stop), default=0)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **others: Any) -> torch.Tensor:
+        """``input_ids``: (batch, tokens so far); returned: which rows end, (batch,)."""
+        tails = self._tokenizer.batch_decode(input_ids[:, -self._tail :])
+        ended = [first_stop(tail, stop) is not None for tail, stop in zip(tails, self._stops, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the texts begins, or None if there is none of them."""
+    return min((found for stop in stops if (found := text.find(stop)) >= 0), default=None)
 
 
 class TransformersEngine:
@@ -77,12 +103,20 @@ class TransformersEngine:
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
                 logits_processor=self._processors([request.seed for request in batch]),
+                stopping_criteria=self._criteria([request.stop for request in batch]),
             )
         for request, row in zip(batch, output[:, width:].tolist(), strict=True):
             ends = [position for position, token in enumerate(row) if token in self._eos]
             tokens = row[: ends[0]] if ends else row
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+            if (end := first_stop(text, request.stop)) is not None:
+                num_tokens = sum(token != self._pad for token in tokens)
+                yield Completion(request, text[:end], "stop", num_tokens)
+                continue
             yield Completion(request, text, "stop" if ends else "length", len(tokens) + bool(ends))
+
+    def _criteria(self, stops: Sequence[Sequence[str]]) -> StoppingCriteriaList:
+        return StoppingCriteriaList([StopTexts(self._tokenizer, stops)] if any(stops) else [])
 
     def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
         config = self._config

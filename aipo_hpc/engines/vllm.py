@@ -92,6 +92,7 @@ class VllmEngine:
             top_k=config.top_k,
             max_tokens=config.max_tokens,
             seed=request.seed,
+            stop=list(request.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
