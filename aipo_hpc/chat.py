@@ -65,6 +65,12 @@ def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str, finish_rea
     return ids if finish_reason == "length" else [*ids, int(tokenizer.eos_token_id)]
 
 
+def response_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of a response's tokens, which becomes the same tokens again."""
+    # Not the engine's own text: behind a prompt, that of a SentencePiece tokenizer begins with a space which is none.
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def conversation_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Token ids of a whole conversation, the assistant's last answer included."""
     return _template(tokenizer, messages, add_generation_prompt=False)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aipo_hpc.chat_templates import read_template, template_digest
 from aipo_hpc.errors import GraphError
 from aipo_hpc.identity import identify
 from aipo_hpc.rankers.config import POLICY, RankerConfig, models, without_models
@@ -86,6 +87,8 @@ class Outside:
     value: str
     identity: str
     revision: str | None = None
+    chat_template: str | None = None
+    """Text of the chat template that a model is used with in place of its own."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,16 @@ def outside(name: str, revision: str | None = None) -> Outside:
     return Outside(name, identify(name, revision), revision)
 
 
+def policy_outside(recipe: Recipe) -> Outside:
+    """The initial policy; another chat template than its own makes it another model."""
+    policy = outside(recipe.model_name_or_path, recipe.revision)
+    if recipe.chat_template is None:
+        return policy
+    template = read_template(recipe.chat_template)
+    identity = f"{policy.identity} with chat template {template_digest(template)}"
+    return dataclasses.replace(policy, identity=identity, chat_template=template)
+
+
 def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
     """The models of a ranker as inputs of its job; None where a policy judges."""
     return {
@@ -195,14 +208,14 @@ def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
 
 def build_graph(recipe: Recipe) -> Graph:
     """The jobs of a recipe. Reads outside models and prompt files only to tell their identity."""
-    initial: Edge | Outside = outside(recipe.model_name_or_path, recipe.revision)
+    initial: Edge | Outside = policy_outside(recipe)
     source = outside(recipe.prompts, recipe.data.revision)
     judging = evaluate.judging(recipe.evaluate, recipe.rank)
     rankers = ranker_inputs(recipe.rank)
     evaluation = without_models(judging)
     ranking = dataclasses.replace(without_models(recipe.rank), num_shards=None)
     answers = dataclasses.replace(
-        recipe.generate,
+        generate.sampled_only(recipe.generate),
         n=1,
         num_prompts=None,
         temperature=evaluation.temperature,

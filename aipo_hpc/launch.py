@@ -21,7 +21,8 @@ from aipo_hpc.graph import Graph, build_graph
 from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import EXPIRES_SECONDS, Lease
-from aipo_hpc.preflight import resolve
+from aipo_hpc.parity import check_parity
+from aipo_hpc.preflight import resolve, with_templates
 from aipo_hpc.recipe import Recipe, validate
 from aipo_hpc.record import job_record, read_graph
 from aipo_hpc.report import print_report
@@ -54,12 +55,16 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
     validate(recipe)
     run = Run(recipe.folder())
     graph = resolve(build_graph(recipe))
+    started = run.exists()
     run_id = check_run(run, recipe, graph)
     if cluster is None and recipe.drive != "prepare":
         cluster = make_cluster(recipe)
     if cluster is not None:
         cluster.check(graph)
     run.create()
+    graph = with_templates(graph, run)
+    if not started:  # what a started run is made of cannot have changed
+        check_parity(graph)
     screen = Screen(graph, run)
     with Lease(run) as lease:
         run.write_recipe({"run_id": run_id, "recipe": recipe.name, "settings": settings.everything(recipe)})

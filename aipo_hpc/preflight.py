@@ -5,15 +5,18 @@ is pinned to what was there at its launch.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from aipo_hpc.chat import refuse_other_tokens
+from aipo_hpc.chat_templates import make_templated_folder
 from aipo_hpc.errors import DataError
 from aipo_hpc.graph import Edge, Graph, Job, Outside
 from aipo_hpc.identity import looks_local
 from aipo_hpc.rankers.config import RANKERS, models
+from aipo_hpc.store import Run
 
 
 def resolve(graph: Graph) -> Graph:
@@ -57,6 +60,23 @@ def _kind(job: Job, name: str) -> str:
     return name
 
 
+def with_templates(graph: Graph, run: Run) -> Graph:
+    """A resolved graph in which each model that is used with a template of the recipe's is a folder of the run with it."""
+
+    def templated(source: Edge | Outside) -> Edge | Outside:
+        if isinstance(source, Edge) or source.chat_template is None:
+            return source
+        folder = run.templated_model(hashlib.sha256(f"{source.identity} {source.value}".encode()).hexdigest()[:12])
+        make_templated_folder(Path(source.value), source.chat_template, folder)
+        return dataclasses.replace(source, value=str(folder.resolve()), chat_template=None)
+
+    jobs = {
+        name: dataclasses.replace(job, inputs={key: templated(source) for key, source in job.inputs.items()})
+        for name, job in graph.jobs.items()
+    }
+    return dataclasses.replace(graph, jobs=jobs)
+
+
 def _check(kind: str, source: Outside) -> str:
     if kind == "source":
         path = Path(source.value).expanduser()
@@ -66,7 +86,7 @@ def _check(kind: str, source: Outside) -> str:
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")
     _read_json(folder / "config.json")
     _check_weights(folder)
-    if kind in ("policy", "chat ranker"):
+    if kind in ("policy", "chat ranker") and source.chat_template is None:
         _check_chat_template(folder)
     return str(folder)
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 import tyro
 
+from aipo_hpc.chat_templates import read_template
 from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.fine_tuning import gradient_accumulation_steps, refuse_missing_packages
@@ -25,7 +26,7 @@ from aipo_hpc.settings import tuning
 from aipo_hpc.stages.clusters import ClustersConfig
 from aipo_hpc.stages.conversations import ConversationsConfig
 from aipo_hpc.stages.evaluate import EvaluateConfig, judging
-from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.stages.generate import GenerateConfig, num_candidates
 from aipo_hpc.stages.instruct import InstructConfig
 from aipo_hpc.stages.pairs import PairsConfig
 from aipo_hpc.stages.prompts import PromptsConfig
@@ -75,6 +76,9 @@ class Recipe:
     """The initial policy: an instruction-tuned model."""
     revision: str | None = None
     """Revision of the initial policy on the hub."""
+    chat_template: str | None = None
+    """How conversations are put to the policy, everywhere: mistral-instruct, llama, vicuna, zephyr, or the path of a Jinja
+    file (None: as its tokenizer says)."""
     prompts: str = ""
     """Where the prompts come from: a Hugging Face dataset id, or a local .jsonl or .parquet file."""
     iterations: int = 3
@@ -115,6 +119,8 @@ class Recipe:
 
 def validate(recipe: Recipe) -> None:
     """Raise RecipeError for the first value that does not make sense."""
+    if recipe.chat_template is not None:
+        read_template(recipe.chat_template)
     check_ranker(recipe.rank)
     check_models(recipe.rank)
     if recipe.evaluate.ranker:
@@ -141,7 +147,7 @@ def validate(recipe: Recipe) -> None:
         ),
         (recipe.iterations < 1, f"iterations={recipe.iterations}: must be at least 1."),
         (
-            recipe.generate.n < 2,
+            num_candidates(recipe.generate) < 2,
             f"generate.n={recipe.generate.n}: pairs.selection=best_worst needs at least 2 candidates per prompt.",
         ),
         (
@@ -151,6 +157,11 @@ def validate(recipe: Recipe) -> None:
         (
             recipe.generate.temperature == 0,
             "generate.temperature=0 samples the same candidate n times, so no pair could be made: set it above 0.",
+        ),
+        (
+            recipe.generate.second_temperature is not None and not recipe.generate.second_temperature > 0,
+            f"generate.second_temperature={recipe.generate.second_temperature}: must be above 0, or unset; "
+            "generate.greedy adds the candidate of temperature 0.",
         ),
         (not 0 < recipe.generate.top_p <= 1, f"generate.top_p={recipe.generate.top_p}: must be in (0, 1]."),
         (recipe.generate.top_k < 0, f"generate.top_k={recipe.generate.top_k}: must be 0 (all tokens) or more."),
@@ -163,6 +174,7 @@ def validate(recipe: Recipe) -> None:
     ]
     positive = {
         "generate.num_shards": recipe.generate.num_shards,
+        "generate.n": recipe.generate.n,
         "generate.num_prompts": recipe.generate.num_prompts,
         "generate.max_tokens": recipe.generate.max_tokens,
         "generate.max_prompt_tokens": recipe.generate.max_prompt_tokens,

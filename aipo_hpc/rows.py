@@ -47,6 +47,8 @@ class Prompt:
     prompt_id: str
     prompt: str
     messages: list[Message]
+    answer: str | None = None
+    """The source's own answer to it."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,13 @@ class NewPrompt:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sampled response. ``finish_reason`` is ``stop`` (an end-of-sequence token) or ``length`` (cut off)."""
+    """One response. ``finish_reason`` is ``stop`` (an end-of-sequence token) or ``length`` (cut off)."""
 
     response: str
     finish_reason: str
     num_tokens: int
+    source: str = "sampled"
+    """How it came about: sampled, greedy, second_temperature, or dataset (the prompt source's own answer)."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ class Verdict:
 
 PROMPT_TOO_LONG = "prompt too long"
 """How ``Responses.error`` begins for a prompt with more tokens than the recipe allows."""
+PROMPT_TOO_SHORT = "prompt too short"
+"""How ``Responses.error`` begins for a prompt with fewer tokens than the recipe allows."""
 
 Row = TypeVar("Row")
 

@@ -15,7 +15,7 @@ Of candidates that are equally good the first is taken; where all are, there is 
 
 from collections.abc import Sequence
 
-from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Pair, Ranked
+from aipo_hpc.rows import PROMPT_TOO_LONG, PROMPT_TOO_SHORT, Candidate, Pair, Ranked
 from aipo_hpc.seeds import derived_seed
 
 SELECTIONS = ("best_worst", "best_random", "max_second")
@@ -32,6 +32,8 @@ def choose(
     """The pair of a prompt, or why it has none."""
     if row.error is not None and row.error.startswith(PROMPT_TOO_LONG):
         return "prompt_too_long"
+    if row.error is not None and row.error.startswith(PROMPT_TOO_SHORT):
+        return "prompt_too_short"
     if row.error is not None:
         return "not_ranked" if row.candidates else "not_generated"
     if len(row.candidates) < 2:

@@ -5,6 +5,7 @@
       journal.jsonl               append-only: launches, submissions, adoptions, decisions; a torn last line is ignored
       driver.lease/               who drives the run: owner.json, renewed while the driver lives
       chain/                      envelopes and output of the steps of drive=chain
+      policy-<digest>/            the initial policy with the recipe's chat template: links to its files
       set-aside/                  what `reset` and corrupt files were moved to; nothing is ever deleted
       iter-00/
         generate/
@@ -312,6 +313,10 @@ class Run:
     def job_names(self) -> list[str]:
         """Names of the jobs that have a folder, e.g. ``iter-00/generate``."""
         return sorted(str(path.parent.relative_to(self.path)) for path in self.path.glob(f"iter-*/*/{_JOB}"))
+
+    def templated_model(self, digest: str) -> Path:
+        """Folder of a model from outside that is used with another chat template than its own."""
+        return self.path / f"policy-{digest}"
 
     def exists(self) -> bool:
         """Whether a recipe was written here."""

@@ -10,9 +10,19 @@ import torch
 from tiny_models import tiny_model_folder
 
 from aipo_hpc import engines
+from aipo_hpc.chat import load_tokenizer
 from aipo_hpc.engines import Completion, Request
-from aipo_hpc.rows import PROMPT_TOO_LONG, Message, Prompt, Responses, read_rows, write_rows
-from aipo_hpc.stages.generate import GenerateConfig, put, run, sampling_seed, select, shard_of
+from aipo_hpc.rows import PROMPT_TOO_LONG, PROMPT_TOO_SHORT, Message, Prompt, Responses, read_rows, write_rows
+from aipo_hpc.stages.generate import (
+    GenerateConfig,
+    num_candidates,
+    put,
+    run,
+    sampled_only,
+    sampling_seed,
+    select,
+    shard_of,
+)
 from aipo_hpc.task import Input, Task
 
 CONFIG = GenerateConfig(
@@ -253,3 +263,76 @@ def test_the_recipes_system_message_goes_before_conversations_that_have_none(
     assert found[1].messages == own.messages
     assert found[0].prompt == plain.prompt
     assert put(plain, "").messages[0] == Message("system", "")
+
+
+def test_candidates_of_every_kind_come_in_their_order_and_say_where_they_are_from(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = prompts(2)
+    source[0] = replace(source[0], answer="red fish")
+    config = replace(CONFIG, greedy=True, second_temperature=1.3, dataset_answer=True)
+    engine = use(monkeypatch, FakeEngine())
+    made = task(tmp_path, source, tiny_model)
+    outcome = run(config, made)
+    asked = sorted((request.candidate, request.temperature) for request in engine.asked if request.prompt_id == "p0")
+    assert asked == [(0, 0.9), (1, 0.9), (2, 0.0), (3, 1.3), (4, 1.3)]
+    with_answer, without = rows(made)
+    kinds = ["sampled", "sampled", "greedy", "second_temperature", "second_temperature"]
+    assert [candidate.source for candidate in with_answer.candidates] == [*kinds, "dataset"]
+    assert [candidate.source for candidate in without.candidates] == kinds
+    answer = with_answer.candidates[-1]
+    assert (answer.response, answer.finish_reason) == ("red fish", "stop")
+    assert answer.num_tokens == len(load_tokenizer(str(tiny_model))("red fish")["input_ids"]) + 1
+    assert num_candidates(config) == 6
+    assert num_candidates(sampled_only(config)) == 2
+    extra = {name: count for name, count in outcome.counts.items() if name.startswith("candidates_")}
+    assert extra == {"candidates_dataset": 1, "candidates_greedy": 2, "candidates_second_temperature": 4}
+
+
+def test_what_is_sampled_does_not_depend_on_extra_candidates(tmp_path: Path, tiny_model: Path) -> None:
+    plain, more = (task(tmp_path / name, prompts(3), tiny_model) for name in ("plain", "more"))
+    run(CONFIG, plain)
+    run(replace(CONFIG, greedy=True, second_temperature=1.3), more)
+    for few, many in zip(rows(plain), rows(more), strict=True):
+        assert many.candidates[:2] == few.candidates
+        assert many.candidates[2].source == "greedy"
+    greedy = task(tmp_path / "greedy", prompts(3), tiny_model)
+    run(replace(CONFIG, temperature=0.0, n=1), greedy)
+    alone = [row.candidates[0].response for row in rows(greedy)]
+    assert [row.candidates[2].response for row in rows(more)] == alone
+
+
+def test_prompts_of_too_few_tokens_are_recorded_and_skipped(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = prompts(2)
+    source[1] = Prompt("short", "why", [Message("system", "Be brief, be very brief."), Message("user", "why")])
+    use(monkeypatch, FakeEngine())
+    made = task(tmp_path, source, tiny_model)
+    run(replace(CONFIG, max_prompt_tokens=60), made)
+    length = len(load_tokenizer(str(tiny_model))("why")["input_ids"])
+    assert length < 3
+    served, short = rows(made)
+    assert served.error is None
+    assert short.error == f"{PROMPT_TOO_SHORT}: {length} tokens is shorter than generate.min_prompt_tokens=3"
+
+
+@pytest.mark.parametrize(
+    ("recipes_own", "keep", "expected"),
+    [
+        (None, True, ["Be odd."]),
+        (None, False, []),
+        ("", True, ["Be odd."]),
+        ("", False, [""]),
+        ("Be brief.", True, ["Be odd."]),
+        ("Be brief.", False, ["Be brief."]),
+    ],
+)
+def test_the_system_messages_of_the_source_are_kept_or_dropped(
+    recipes_own: str | None, keep: bool, expected: list[str]
+) -> None:
+    (plain,) = prompts(1)
+    own = replace(plain, messages=[Message("system", "Be odd."), *plain.messages])
+    assert put(own, recipes_own, keep).messages == [*[Message("system", text) for text in expected], *plain.messages]
+    added = [] if recipes_own is None else [Message("system", recipes_own)]
+    assert put(plain, recipes_own, keep).messages == [*added, *plain.messages]

@@ -55,6 +55,8 @@ class Request:
     candidate: int
     prompt_token_ids: tuple[int, ...]
     seed: int
+    temperature: float | None = None
+    """None: the temperature of the engine's settings."""
     stop: tuple[str, ...] = ()
 
 
@@ -90,6 +92,11 @@ def load_engine(config: EngineConfig, model: str) -> Engine:
     from aipo_hpc.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, model)
+
+
+def temperature_of(request: Request, config: EngineConfig) -> float:
+    """The temperature at which a request is sampled (0: greedy)."""
+    return config.temperature if request.temperature is None else request.temperature
 
 
 def prompts_per_batch(config: EngineConfig) -> int:

@@ -16,28 +16,42 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from aipo_hpc.chat import load_tokenizer
-from aipo_hpc.engines import Completion, EngineConfig, Request
+from aipo_hpc.chat import load_tokenizer, response_text
+from aipo_hpc.engines import Completion, EngineConfig, Request, temperature_of
+
+
+class Temperatures(LogitsProcessor):
+    """Divides each row by that row's own temperature; greedy rows (0) stay as they are."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self._divisors = torch.tensor([[temperature or 1.0] for temperature in temperatures])
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        """``scores``: (batch, vocabulary) logits; returned divided, same shape."""
+        return scores / self._divisors.to(scores.device)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds to each row Gumbel noise from that row's own generator, which makes greedy decoding sample."""
+    """Adds to each row Gumbel noise from that row's own generator, which makes greedy decoding sample; None: no noise."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int | None]) -> None:
+        self._generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """``scores``: (batch, vocabulary) logits; returned perturbed, same shape."""
+        size = scores.shape[-1]
         noise = torch.stack(
-            [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in self._generators]
+            [
+                torch.ones(size) if generator is None else torch.empty(size).exponential_(generator=generator)
+                for generator in self._generators
+            ]
         )
         return scores.float() - noise.log().to(scores.device)
 
@@ -102,13 +116,13 @@ class TransformersEngine:
                 max_new_tokens=self._config.max_tokens,
                 eos_token_id=self._eos,
                 pad_token_id=self._pad,
-                logits_processor=self._processors([request.seed for request in batch]),
+                logits_processor=self._processors(batch),
                 stopping_criteria=self._criteria([request.stop for request in batch]),
             )
         for request, row in zip(batch, output[:, width:].tolist(), strict=True):
             ends = [position for position, token in enumerate(row) if token in self._eos]
             tokens = row[: ends[0]] if ends else row
-            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+            text = response_text(self._tokenizer, tokens)
             if (end := first_stop(text, request.stop)) is not None:
                 num_tokens = sum(token != self._pad for token in tokens)
                 yield Completion(request, text[:end], "stop", num_tokens)
@@ -118,13 +132,17 @@ class TransformersEngine:
     def _criteria(self, stops: Sequence[Sequence[str]]) -> StoppingCriteriaList:
         return StoppingCriteriaList([StopTexts(self._tokenizer, stops)] if any(stops) else [])
 
-    def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
+    def _processors(self, batch: Sequence[Request]) -> LogitsProcessorList:
         config = self._config
-        if config.temperature == 0:
+        temperatures = [temperature_of(request, config) for request in batch]
+        if not any(temperatures):
             return LogitsProcessorList()
-        chain: list[LogitsProcessor] = [TemperatureLogitsWarper(config.temperature)]
+        chain: list[LogitsProcessor] = [Temperatures(temperatures)]
         if config.top_k > 0:
             chain.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1:
             chain.append(TopPLogitsWarper(config.top_p))
+        seeds = [
+            request.seed if temperature else None for request, temperature in zip(batch, temperatures, strict=True)
+        ]
         return LogitsProcessorList([*chain, GumbelNoise(seeds)])

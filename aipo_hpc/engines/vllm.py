@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
-from aipo_hpc.engines import Completion, EngineConfig, Request
+from aipo_hpc.chat import response_text
+from aipo_hpc.engines import Completion, EngineConfig, Request, temperature_of
 from aipo_hpc.engines.guard import guard_children
 from aipo_hpc.errors import RecipeError
 
@@ -56,6 +57,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
         """Yield each completion as it finishes."""
         engine = self._llm.llm_engine
+        tokenizer: Any = self._llm.get_tokenizer()
         waiting = iter(chain.from_iterable(requests))
         flying: dict[str, Request] = {}
         names = map(str, count())
@@ -78,7 +80,7 @@ class VllmEngine:
                 if reason not in ("stop", "length"):
                     yield Completion(request, "", "error", 0, f"vllm finished it with {reason!r}")
                     continue
-                yield Completion(request, sample.text, reason, len(sample.token_ids))
+                yield Completion(request, response_text(tokenizer, sample.token_ids), reason, len(sample.token_ids))
 
     def _add(self, name: str, request: Request) -> str | None:
         from vllm import SamplingParams
@@ -87,7 +89,7 @@ class VllmEngine:
 
         config = self._config
         params = SamplingParams(
-            temperature=config.temperature,
+            temperature=temperature_of(request, config),
             top_p=config.top_p,
             top_k=config.top_k,
             max_tokens=config.max_tokens,

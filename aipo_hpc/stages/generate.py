@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Prompt, Responses, read_rows
+from aipo_hpc.rows import PROMPT_TOO_LONG, PROMPT_TOO_SHORT, Candidate, Message, Prompt, Responses, read_rows
 from aipo_hpc.seeds import derived_seed
 from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Task
@@ -41,9 +41,19 @@ class GenerateConfig(EngineConfig):
     max_tokens: int = 2048
     """Longest response in tokens."""
     max_prompt_tokens: int = 512
-    """Longest prompt in tokens; longer ones are recorded and skipped."""
+    """Longest prompt in tokens, chat template included; longer ones are recorded and skipped."""
+    min_prompt_tokens: int = 3
+    """Shortest prompt in tokens of its text alone; shorter ones are recorded and skipped."""
+    greedy: bool = False
+    """One more candidate, decoded greedily."""
+    second_temperature: float | None = None
+    """Temperature at which n more candidates are sampled (None: there are none)."""
+    dataset_answer: bool = False
+    """One more candidate: the prompt source's own answer, where it has one."""
     system_message: str | None = None
-    """System message put before every conversation that has none."""
+    """System message put before every conversation that has none; it may be empty (None: there is none)."""
+    keep_system_message: bool = True
+    """Keep system messages that the prompt source brings along; otherwise they are dropped first."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=8))
 
 
@@ -53,7 +63,10 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
     from aipo_hpc.engines import load_engine, prompts_per_batch
 
     source = list(read_rows(task.inputs["prompts"].files, Prompt))
-    prompts = [put(prompt, config.system_message) for prompt in shard_of(select(source, config, task), task)]
+    prompts = [
+        put(prompt, config.system_message, config.keep_system_message)
+        for prompt in shard_of(select(source, config, task), task)
+    ]
     policy = task.inputs["policy"].model
     with Progress(task, Responses) as progress:
         waiting = [prompt for prompt in prompts if prompt.prompt_id not in progress]
@@ -71,7 +84,8 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
                     requests += (each for prompt_id in batch if not isinstance(each := asked[prompt_id], str))
             if requests:
                 engine = load_engine(config, policy)
-                for row in _collect(accepted, engine.generate(requests), config.n):
+                ours = {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted}
+                for row in _collect(accepted, engine.generate(requests), plan(config), ours):
                     if row.prompt_id not in progress:
                         progress.append(row)
         outputs = progress.finish(prompt.prompt_id for prompt in prompts)
@@ -99,8 +113,27 @@ def sampling_seed(seed: int, iteration: int, prompt_id: str, candidate: int) -> 
     return derived_seed(seed, iteration, prompt_id, candidate)
 
 
-def put(prompt: Prompt, system_message: str | None) -> Prompt:
-    """The prompt with the recipe's system message in front of its conversation, unless it brings its own."""
+def plan(config: GenerateConfig) -> list[tuple[str, float]]:
+    """Source and temperature of each candidate that is asked of the engine, in their order."""
+    greedy = [("greedy", 0.0)] if config.greedy else []
+    second = [] if config.second_temperature is None else [("second_temperature", config.second_temperature)] * config.n
+    return [*[("sampled", config.temperature)] * config.n, *greedy, *second]
+
+
+def num_candidates(config: GenerateConfig) -> int:
+    """Candidates of a prompt at most."""
+    return len(plan(config)) + config.dataset_answer
+
+
+def sampled_only(config: GenerateConfig) -> GenerateConfig:
+    """The settings without extra candidates."""
+    return replace(config, greedy=False, second_temperature=None, dataset_answer=False)
+
+
+def put(prompt: Prompt, system_message: str | None, keep: bool = True) -> Prompt:
+    """The prompt with the recipe's system message in front of its conversation, unless it brings its own that is kept."""
+    if not keep and any(message.role == "system" for message in prompt.messages):
+        prompt = replace(prompt, messages=[message for message in prompt.messages if message.role != "system"])
     if system_message is None or prompt.messages[0].role == "system":
         return prompt
     return replace(prompt, messages=[Message("system", system_message), *prompt.messages])
@@ -124,36 +157,65 @@ def _ask(
         ids = prompt_ids(tokenizer, prompt.messages)
     except (TemplateError, UnicodeError, TypeError, ValueError) as error:
         return f"chat template: {error}"
+    length = len(tokenizer(prompt.messages[-1].content, add_special_tokens=False)["input_ids"])
+    if length < config.min_prompt_tokens:
+        return (
+            f"{PROMPT_TOO_SHORT}: {length} tokens is shorter than generate.min_prompt_tokens={config.min_prompt_tokens}"
+        )
     if len(ids) > config.max_prompt_tokens:
         return (
             f"{PROMPT_TOO_LONG}: {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
         )
-    seeds = (sampling_seed(task.seed, task.iteration, prompt.prompt_id, k) for k in range(config.n))
-    return [Request(prompt.prompt_id, k, tuple(ids), seed) for k, seed in enumerate(seeds)]
+    return [
+        Request(
+            prompt.prompt_id, k, tuple(ids), sampling_seed(task.seed, task.iteration, prompt.prompt_id, k), temperature
+        )
+        for k, (_, temperature) in enumerate(plan(config))
+    ]
 
 
-def _collect(prompts: dict[str, Prompt], completions: "Iterator[Completion]", n: int) -> Iterator[Responses]:
-    """Gather candidates by prompt; a prompt is finished when its n-th arrives."""
+def _answer(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", config: GenerateConfig) -> list[Candidate]:
+    """The source's own answer as a candidate, if it is wanted and there is one."""
+    from aipo_hpc.chat import response_ids
+
+    if not config.dataset_answer or prompt.answer is None:
+        return []
+    return [Candidate(prompt.answer, "stop", len(response_ids(tokenizer, prompt.answer, "stop")), "dataset")]
+
+
+def _collect(
+    prompts: dict[str, Prompt],
+    completions: "Iterator[Completion]",
+    planned: Sequence[tuple[str, float]],
+    answers: dict[str, list[Candidate]],
+) -> Iterator[Responses]:
+    """Gather candidates by prompt; a prompt is finished when its last arrives. Its own answer comes after them."""
     gathered: dict[str, list[Completion]] = {}
     for completion in completions:
         have = gathered.setdefault(completion.request.prompt_id, [])
         have.append(completion)
-        if len(have) < n:
+        if len(have) < len(planned):
             continue
         del gathered[completion.request.prompt_id]
         prompt = prompts[completion.request.prompt_id]
         have.sort(key=lambda done: done.request.candidate)
         errors = [done.error for done in have if done.error is not None]
-        candidates = [] if errors else [Candidate(done.text, done.finish_reason, done.num_tokens) for done in have]
+        candidates = [
+            Candidate(done.text, done.finish_reason, done.num_tokens, planned[done.request.candidate][0])
+            for done in have
+        ]
+        candidates = [] if errors else [*candidates, *answers[prompt.prompt_id]]
         yield Responses(prompt.prompt_id, prompt.prompt, prompt.messages, candidates, errors[0] if errors else None)
 
 
 def _counts(rows: Sequence[Responses]) -> dict[str, float]:
     candidates = [candidate for row in rows for candidate in row.candidates]
+    sources = sorted({candidate.source for candidate in candidates} - {"sampled"})
     return {
         "candidates": len(candidates),
         "errors": sum(row.error is not None for row in rows),
         "tokens": sum(candidate.num_tokens for candidate in candidates),
         "characters": sum(len(candidate.response) for candidate in candidates),
         "truncated": sum(candidate.finish_reason == "length" for candidate in candidates),
+        **{f"candidates_{source}": sum(each.source == source for each in candidates) for source in sources},
     }

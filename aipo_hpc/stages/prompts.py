@@ -110,28 +110,28 @@ def _prompt(where: str, row: dict[str, Any], config: PromptsConfig) -> Prompt:
             "Set data.prompt_column to the one that holds the prompt."
         )
     if messages and config.prompt_column not in row:
-        conversation = _conversation(where, messages)
+        conversation, answer = _conversation(where, messages)
         text = "\n\n".join(message.content for message in conversation)
     else:
         text = row[config.prompt_column]
         if not isinstance(text, str):
             raise DataError(f"{where}: column {config.prompt_column!r} holds {type(text).__name__}, not text.")
-        conversation = _conversation(where, messages) if messages else [Message("user", text)]
+        conversation, answer = _conversation(where, messages) if messages else ([Message("user", text)], None)
     if not text.strip():
         raise DataError(f"{where}: column {config.prompt_column!r} is empty. Remove the row.")
     given = row.get(config.id_column)
     prompt_id = str(given) if given is not None else hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-    return Prompt(prompt_id, text, conversation)
+    return Prompt(prompt_id, text, conversation, answer)
 
 
-def _conversation(where: str, messages: Any) -> list[Message]:
-    """The turns up to and including the user's last one (a dataset's own answers after it are not the prompt)."""
+def _conversation(where: str, messages: Any) -> tuple[list[Message], str | None]:
+    """The turns up to and including the user's last one, and the dataset's own answer to it if there is one."""
     turns = turns_of(where, messages)
-    while turns and turns[-1].role != "user":
-        turns.pop()
-    if not turns:
+    asked = max((position for position, turn in enumerate(turns, 1) if turn.role == "user"), default=0)
+    if not asked:
         raise DataError(f"{where}: 'messages' has no user turn. Remove the row or add the user's message.")
-    return turns
+    answers = [turn.content for turn in turns[asked:] if turn.role == "assistant"]
+    return turns[:asked], answers[0] if answers else None
 
 
 def turns_of(where: str, messages: Any) -> list[Message]:
