@@ -43,6 +43,7 @@ CONFIG = GenerateConfig(
     top_k=50,
     max_tokens=24,
     max_prompt_tokens=40,
+    min_prompt_tokens=1,
     dtype="float32",
     enforce_eager=True,
     max_num_seqs=16,

@@ -80,7 +80,7 @@ class VllmEngine:
                 if reason not in ("stop", "length"):
                     yield Completion(request, "", "error", 0, f"vllm finished it with {reason!r}")
                     continue
-                yield Completion(request, response_text(tokenizer, sample.token_ids), reason, len(sample.token_ids))
+                yield Completion(request, _text(tokenizer, sample), reason, len(sample.token_ids))
 
     def _add(self, name: str, request: Request) -> str | None:
         from vllm import SamplingParams
@@ -102,6 +102,13 @@ class VllmEngine:
         except (ValueError, TypeError, VLLMClientError) as error:
             return f"vllm refused it: {error}"
         return None
+
+
+def _text(tokenizer: Any, sample: Any) -> str:
+    """What was said, without the token that ended it; vLLM's own text where a text ended it."""
+    if isinstance(sample.stop_reason, str):
+        return str(sample.text)
+    return response_text(tokenizer, sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids)
 
 
 def _end(engine: "weakref.ref[LLM]") -> None:
