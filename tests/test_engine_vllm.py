@@ -264,7 +264,9 @@ def test_its_rows_feed_ranking_pairs_reference_and_training(
         assert prompt_ids(tokenizer, pair.messages)[0] == tokenizer.bos_token_id
         ended = response_ids(tokenizer, pair.chosen.response, pair.chosen.finish_reason)[-1] == tokenizer.eos_token_id
         assert ended == (pair.chosen.finish_reason == "stop")
-    scored = task("reference", {"pairs": Input(shards={0: (paired.out / pairs.PAIRS,)}), "reference": policy})
+    scored = task(
+        "reference", {"pairs": Input(shards={0: (paired.out / pairs.PAIRS,)}), "reference": policy, "policy": policy}
+    )
     assert reference.run(reference.ReferenceConfig(dtype="float32"), scored).rows == made.rows
     config = train.TrainConfig(**{**PLAIN, "global_batch_size": 2, "resources": train.Resources()})
     trained = train.run(config, train_task(tmp_path / "train", scored.out / "rows.parquet", model))

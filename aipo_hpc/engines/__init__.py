@@ -55,9 +55,9 @@ class Request:
     candidate: int
     prompt_token_ids: tuple[int, ...]
     seed: int
+    stop: tuple[str, ...] = ()
     temperature: float | None = None
     """None: the temperature of the engine's settings."""
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from transformers import (
 from aipo_hpc.chat import load_tokenizer, response_text
 from aipo_hpc.engines import Completion, EngineConfig, Request, temperature_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Temperatures(LogitsProcessor):
     """Divides each row by that row's own temperature; greedy rows (0) stay as they are."""
@@ -33,9 +36,6 @@ class Temperatures(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """``scores``: (batch, vocabulary) logits; returned divided, same shape."""
         return scores / self._divisors.to(scores.device)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class GumbelNoise(LogitsProcessor):

@@ -5,6 +5,7 @@ sampled depends neither on the sharding nor on retries, as far as the engine's a
 A prompt that the engine refuses is recorded with its error and skipped; finished prompts are kept as they finish.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -166,11 +167,10 @@ def _ask(
         return (
             f"{PROMPT_TOO_LONG}: {len(ids)} tokens is longer than generate.max_prompt_tokens={config.max_prompt_tokens}"
         )
+    seeds = (sampling_seed(task.seed, task.iteration, prompt.prompt_id, k) for k in itertools.count())
     return [
-        Request(
-            prompt.prompt_id, k, tuple(ids), sampling_seed(task.seed, task.iteration, prompt.prompt_id, k), temperature
-        )
-        for k, (_, temperature) in enumerate(plan(config))
+        Request(prompt.prompt_id, k, tuple(ids), seed, temperature=temperature)
+        for k, (seed, (_, temperature)) in enumerate(zip(seeds, plan(config), strict=False))
     ]
 
 
