@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model_folder
-from training_tasks import PLAIN, identical, launch, logs, metrics, scored_rows, train_task
+from training_tasks import PLAIN, largest_difference, launch, logs, metrics, scored_rows, train_task
 
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.fine_tuning import refuse_missing_packages
@@ -67,7 +67,7 @@ def test_offloading_goes_with_the_stages_that_can_do_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "offload_param"), [(1, False), (2, False), (3, True)])
-def test_offloading_changes_no_weight(
+def test_offloading_changes_weights_by_rounding_alone(
     tmp_path: Path, rows: Path, model: Path, zero_stage: int, offload_param: bool
 ) -> None:
     pytest.importorskip("deepspeed")
@@ -75,4 +75,7 @@ def test_offloading_changes_no_weight(
     plain, offloaded = train_task(tmp_path / "plain", rows, model), train_task(tmp_path / "offloaded", rows, model)
     assert launch(plain, **config) == [0], logs(plain)
     assert launch(offloaded, **config, offload_optimizer=True, offload_param=offload_param) == [0], logs(offloaded)
-    assert identical(plain.out / "model", offloaded.out / "model")
+    # The norm that gradients are clipped to is summed in another order: rounding, not another training.
+    difference = largest_difference(plain.out / "model", offloaded.out / "model")
+    print(f"largest difference of a weight: {difference:.1e}")
+    assert difference < 1e-5
