@@ -15,12 +15,13 @@ from aipo_hpc.failures import (
     classify,
     standings,
 )
+from aipo_hpc.fine_tuning import gradient_accumulation_steps
 from aipo_hpc.sentinel import Failure
 from aipo_hpc.settings import content, with_smaller_batches
 from aipo_hpc.stages.generate import GenerateConfig
 from aipo_hpc.stages.rank import RankConfig
 from aipo_hpc.stages.reference import ReferenceConfig
-from aipo_hpc.stages.train import TrainConfig, gradient_accumulation_steps
+from aipo_hpc.stages.train import TrainConfig
 
 
 def failed(kind: str, number: int = 0, shard: int = 0, **fields: object) -> Failure:
