@@ -7,6 +7,8 @@
 With self-instruct (``instruct.num_prompts``), ``instruct ── collect`` come before every ``generate`` and make its prompts,
 from seeds that are the source's prompts or the job ``seeds``, in the job ``clusters`` if there are to be clusters.
 
+With ``preferences.source``, the job ``preferences`` stands for ``generate ── rank`` of all iterations.
+
 ``answers`` and ``baseline`` are the stage ``generate`` over the held-out prompts, with the new and with the initial policy.
 The policy of an iteration is the model that the iteration before it trained; it is also its reference, unless the recipe
 names another. With ``conversations.source``, ``conversations ── sft`` come first, and the initial policy is what they make.
@@ -20,10 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aipo_hpc.chat_templates import read_template, template_digest
 from aipo_hpc.errors import GraphError
-from aipo_hpc.identity import identify
-from aipo_hpc.rankers.config import POLICY, RankerConfig, models, without_models
+from aipo_hpc.outside import Outside, outside, policy_outside, ranker_inputs, source_inputs
+from aipo_hpc.rankers.config import without_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import content
@@ -35,6 +36,7 @@ from aipo_hpc.stages import (
     generate,
     instruct,
     pairs,
+    preferences,
     prompts,
     rank,
     reference,
@@ -63,6 +65,7 @@ STAGES: Mapping[str, Stage] = {
     "instruct": Stage("aipo_hpc.stages.instruct", instruct.InstructConfig),
     "collect": Stage("aipo_hpc.stages.collect", collect.CollectConfig),
     "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
+    "preferences": Stage("aipo_hpc.stages.preferences", preferences.PreferencesConfig),
     "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
     "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
     "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig, version=2),
@@ -78,17 +81,6 @@ class Edge:
     job: str
     part: str
     by: Literal["all", "shard"] = "all"
-
-
-@dataclass(frozen=True)
-class Outside:
-    """An input from outside the run: where it is now, and what it is (its identity, which is in the fingerprint)."""
-
-    value: str
-    identity: str
-    revision: str | None = None
-    chat_template: str | None = None
-    """Text of the chat template that a model is used with in place of its own."""
 
 
 @dataclass(frozen=True)
@@ -183,33 +175,9 @@ def digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def outside(name: str, revision: str | None = None) -> Outside:
-    """A model or dataset from outside the run, with its identity."""
-    return Outside(name, identify(name, revision), revision)
-
-
-def policy_outside(recipe: Recipe) -> Outside:
-    """The initial policy; another chat template than its own makes it another model."""
-    policy = outside(recipe.model_name_or_path, recipe.revision)
-    if recipe.chat_template is None:
-        return policy
-    template = read_template(recipe.chat_template)
-    identity = f"{policy.identity} with chat template {template_digest(template)}"
-    return dataclasses.replace(policy, identity=identity, chat_template=template)
-
-
-def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
-    """The models of a ranker as inputs of its job; None where a policy judges."""
-    return {
-        name: None if single.model_name_or_path == POLICY else outside(single.model_name_or_path, single.revision)
-        for name, single in models(config).items()
-    }
-
-
 def build_graph(recipe: Recipe) -> Graph:
     """The jobs of a recipe. Reads outside models and prompt files only to tell their identity."""
     initial: Edge | Outside = policy_outside(recipe)
-    source = outside(recipe.prompts, recipe.data.revision)
     judging = evaluate.judging(recipe.evaluate, recipe.rank)
     rankers = ranker_inputs(recipe.rank)
     evaluation = without_models(judging)
@@ -227,7 +195,7 @@ def build_graph(recipe: Recipe) -> Graph:
         iteration: int,
         name: str,
         config: Any,
-        inputs: dict[str, Edge | Outside],
+        inputs: Mapping[str, Edge | Outside],
         num_shards: int = 1,
         stage: str | None = None,
     ) -> str:
@@ -236,10 +204,10 @@ def build_graph(recipe: Recipe) -> Graph:
         jobs.append(Job(path, stage or name, iteration, num_shards, recipe.seed, config, inputs, resources))
         return path
 
-    prompts_job = add(0, "prompts", recipe.data, {"source": source})
+    prompts_job = add(0, "prompts", recipe.data, source_inputs(recipe.prompts, recipe.data.revision))
     if recipe.conversations.source:
-        chats = outside(recipe.conversations.source, recipe.conversations.revision)
-        chats_job = add(0, "conversations", dataclasses.replace(recipe.conversations, source=""), {"source": chats})
+        chats = source_inputs(recipe.conversations.source, recipe.conversations.revision)
+        chats_job = add(0, "conversations", dataclasses.replace(recipe.conversations, source=""), chats)
         conversed: dict[str, Edge | Outside] = {
             "conversations": Edge(chats_job, conversations.CONVERSATIONS),
             "policy": initial,
@@ -252,13 +220,21 @@ def build_graph(recipe: Recipe) -> Graph:
     held: dict[str, Edge | Outside] = {"initial": initial}
     if (name := recipe.reference.model) not in ("previous", "initial"):
         held[name] = outside(name, recipe.reference.revision)
+    if recipe.preferences.source:
+        preferred: dict[str, Edge | Outside] = {
+            **source_inputs(recipe.preferences.source, recipe.preferences.revision),
+            "held_out": Edge(prompts_job, prompts.HELD_OUT),
+            "policy": policy_outside(recipe),
+        }
+        preferences_job = add(0, "preferences", dataclasses.replace(recipe.preferences, source=""), preferred)
+        ranked = Edge(preferences_job, preferences.PREFERENCES)
     policy: Edge | Outside = initial
     asked = Edge(prompts_job, prompts.TRAIN)
     made: dict[str, Edge | Outside] = {}
     known: dict[str, Edge | Outside] = {"pool": asked, "held_out": Edge(prompts_job, prompts.HELD_OUT)}
     if recipe.instruct.num_prompts and recipe.seed_prompts:
-        seeds = outside(recipe.seed_prompts, recipe.seed_data.revision)
-        known["pool"] = Edge(add(0, "seeds", recipe.seed_data, {"source": seeds}, stage="prompts"), prompts.TRAIN)
+        seeds = source_inputs(recipe.seed_prompts, recipe.seed_data.revision)
+        known["pool"] = Edge(add(0, "seeds", recipe.seed_data, seeds, stage="prompts"), prompts.TRAIN)
     if recipe.instruct.num_prompts and recipe.clusters.num_clusters:
         clustered = {"pool": known["pool"]}
         if recipe.clusters.model_name_or_path:
@@ -267,13 +243,8 @@ def build_graph(recipe: Recipe) -> Graph:
         known["clusters"] = Edge(add(0, "clusters", clustering, clustered), clusters.CLUSTERS)
     for iteration in range(recipe.iterations):
         if recipe.instruct.num_prompts:
-            instructed = add(
-                iteration,
-                "instruct",
-                recipe.instruct,
-                {**known, **made, "policy": policy},
-                recipe.instruct.num_shards,
-            )
+            wanted = {**known, **made, "policy": policy}
+            instructed = add(iteration, "instruct", recipe.instruct, wanted, recipe.instruct.num_shards)
             collected = add(
                 iteration,
                 "collect",
@@ -287,25 +258,21 @@ def build_graph(recipe: Recipe) -> Graph:
             )
             asked = Edge(collected, collect.PROMPTS)
             made[f"{instruct.MADE}{iteration:02d}"] = asked
-        shards = recipe.generate.num_shards
-        generated = add(
-            iteration,
-            "generate",
-            recipe.generate,
-            {"prompts": asked, "policy": policy},
-            shards,
-        )
-        ranked = add(
-            iteration,
-            "rank",
-            ranking,
-            {
-                "responses": Edge(generated, "rows.parquet", "shard"),
-                **{name: ranker or policy for name, ranker in rankers.items()},
-            },
-            shards,
-        )
-        paired = add(iteration, "pairs", recipe.pairs, {"ranked": Edge(ranked, "rows.parquet"), "policy": policy})
+        if not recipe.preferences.source:
+            shards = recipe.generate.num_shards
+            generated = add(iteration, "generate", recipe.generate, {"prompts": asked, "policy": policy}, shards)
+            ranking_job = add(
+                iteration,
+                "rank",
+                ranking,
+                {
+                    "responses": Edge(generated, "rows.parquet", "shard"),
+                    **{name: ranker or policy for name, ranker in rankers.items()},
+                },
+                shards,
+            )
+            ranked = Edge(ranking_job, "rows.parquet")
+        paired = add(iteration, "pairs", recipe.pairs, {"ranked": ranked, "policy": policy})
         referenced = add(
             iteration,
             "reference",

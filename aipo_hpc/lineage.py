@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from aipo_hpc.graph import Edge, Graph, Outside
+from aipo_hpc.graph import Edge, Graph
 from aipo_hpc.ledger import finished
 from aipo_hpc.manifest import model_entry, revision, stage_entry
+from aipo_hpc.outside import Outside
 from aipo_hpc.store import Run
 
 _TOLD = ("loss_type", "ranker", "engine", "n", "temperature", "selection")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from aipo_hpc.chat_templates import TEMPLATE
 from aipo_hpc.errors import DataError
-from aipo_hpc.graph import Edge, Graph, Outside
+from aipo_hpc.graph import Edge, Graph
+from aipo_hpc.outside import Outside
 from aipo_hpc.rows import Message
 
 if TYPE_CHECKING:

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aipo_hpc import sources
 from aipo_hpc.chat import refuse_other_tokens
 from aipo_hpc.chat_templates import make_templated_folder
 from aipo_hpc.errors import DataError
-from aipo_hpc.graph import Edge, Graph, Job, Outside
+from aipo_hpc.graph import Edge, Graph, Job
 from aipo_hpc.identity import looks_local
+from aipo_hpc.outside import Outside
 from aipo_hpc.rankers.config import RANKERS, models
 from aipo_hpc.store import Run
 
@@ -78,9 +80,8 @@ def with_templates(graph: Graph, run: Run) -> Graph:
 
 
 def _check(kind: str, source: Outside) -> str:
-    if kind == "source":
-        path = Path(source.value).expanduser()
-        return str(path.resolve()) if path.exists() else source.value
+    if kind.startswith(sources.KIND):
+        return str(sources.parse(source.value).absolute())
     folder = _folder(kind, source)
     if not (folder / "config.json").is_file():
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")

@@ -29,6 +29,7 @@ from aipo_hpc.stages.evaluate import EvaluateConfig, judging
 from aipo_hpc.stages.generate import GenerateConfig, num_candidates
 from aipo_hpc.stages.instruct import InstructConfig
 from aipo_hpc.stages.pairs import PairsConfig
+from aipo_hpc.stages.preferences import PreferencesConfig
 from aipo_hpc.stages.prompts import PromptsConfig
 from aipo_hpc.stages.rank import RankConfig
 from aipo_hpc.stages.reference import ReferenceConfig
@@ -80,7 +81,7 @@ class Recipe:
     """How conversations are put to the policy, everywhere: mistral-instruct, llama, vicuna, zephyr, or the path of a Jinja
     file (None: as its tokenizer says)."""
     prompts: str = ""
-    """Where the prompts come from: a Hugging Face dataset id, or a local .jsonl or .parquet file."""
+    """Where the prompts come from: Hugging Face dataset ids or local files, as in 'some/data[split]:0.5 + my.jsonl'."""
     iterations: int = 3
     """Iterations of generate, rank, pairs, reference, train, evaluate. May be raised later to go on with a run."""
     seed: int = 42
@@ -88,6 +89,7 @@ class Recipe:
     data: PromptsConfig = PromptsConfig()
     conversations: ConversationsConfig = ConversationsConfig()
     sft: SftConfig = SftConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
     instruct: InstructConfig = InstructConfig()
     seed_prompts: str = ""
     """Where the seeds of self-instruct come from, as ``prompts`` (empty: the run's prompts, without those held out)."""
@@ -186,6 +188,13 @@ def validate(recipe: Recipe) -> None:
         dtype = getattr(recipe, stage).dtype
         wrong.append((dtype not in DTYPES, f"{stage}.dtype={dtype!r}: must be one of {', '.join(DTYPES)}."))
     if recipe.instruct.num_prompts:
+        wrong.append(
+            (
+                bool(recipe.preferences.source),
+                f"preferences.source={recipe.preferences.source!r}: nothing is sampled then, so new prompts are of no use. "
+                "Set instruct.num_prompts=0, or leave preferences.source empty.",
+            )
+        )
         wrong += unfit_settings(recipe.instruct, recipe.clusters, recipe.generate)
         positive |= {f"instruct.{name}": getattr(recipe.instruct, name) for name in COUNTS}
         if recipe.slurm.python is None:  # what is installed here is what tasks have

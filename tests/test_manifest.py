@@ -13,11 +13,12 @@ from fakes import driven, sentinel, write_run
 from huggingface_hub import ModelCard
 
 from aipo_hpc.clusters.inline import InlineCluster
-from aipo_hpc.graph import Edge, Graph, Outside, build_graph
+from aipo_hpc.graph import Edge, Graph, build_graph
 from aipo_hpc.ledger import effort, num_gpus, versions
 from aipo_hpc.lineage import chain, newest_model
 from aipo_hpc.manifest import Manifests, make_manifest, read_manifest, revision, write_manifest
 from aipo_hpc.model_card import CARD
+from aipo_hpc.outside import Outside
 from aipo_hpc.recipe import load_recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Failure, Output, Sentinel

@@ -190,7 +190,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("Why?\n")
     assert refusal(path, tmp_path / "out") == (
-        f"{path}: not a .jsonl or .parquet file. Give one of these, or a Hugging Face dataset id."
+        f"{path}: not a .jsonl, .json or .parquet file. Give one of these, or a Hugging Face dataset id."
     )
 
 
@@ -198,7 +198,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     source = name if name.startswith(".") else str(tmp_path / name)
     assert refusal(source, tmp_path / "out") == (
-        f"{source}: no such file. Give the path of a .jsonl or .parquet file, or a Hugging Face dataset id."
+        f"{source}: no such file. Give the path of a .jsonl, .json or .parquet file, or a Hugging Face dataset id."
     )
 
 
@@ -213,3 +213,45 @@ def test_a_dataset_id_with_a_dot_is_looked_up_and_not_taken_for_a_file(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(prepared("somebody/prompts-v0.1", tmp_path / "out")[0]) == 9
+
+
+def test_several_sources_are_mixed_by_their_parts_and_the_same_prompt_is_kept_once(tmp_path: Path) -> None:
+    one = [{"prompt": f"One {number}?"} for number in range(10)]
+    two = [{"conversations": [{"from": "human", "value": f"Two {number}?"}]} for number in range(10)] + one[:2]
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    jsonl(tmp_path / "one.jsonl", one)
+
+    def mixed(out: str, part: str) -> tuple[list[str], dict[str, float]]:
+        (tmp_path / out).mkdir()
+        inputs = {
+            "source": Input(value=f"{tmp_path / 'one.jsonl'}{part}"),
+            "source.01": Input(value=str(tmp_path / "two.json")),
+        }
+        outcome = run(PromptsConfig(num_held_out=1), Task("iter-00/prompts", 0, 0, 1, 0, inputs, tmp_path / out))
+        found = read_rows([tmp_path / out / TRAIN, tmp_path / out / HELD_OUT], Prompt)
+        return sorted(prompt.prompt for prompt in found), dict(outcome.counts)
+
+    everything, counts = mixed("all", "")
+    assert len(everything) == 20 and counts == {"train": 19, "held_out": 1, "repeated": 2}
+    half, _ = mixed("half", ":0.5")
+    ones = {text for text in half if text.startswith("One")}
+    assert 5 <= len(ones) <= 7 and {"One 0?", "One 1?"} <= ones
+    assert mixed("again", ":0.5")[0] == half
+
+
+def test_two_sources_that_give_one_id_to_two_prompts_are_refused(tmp_path: Path) -> None:
+    inputs = {}
+    for number, name in enumerate(("source", "source.01")):
+        path = jsonl(tmp_path / f"{number}.jsonl", [{"prompt_id": "x", "prompt": f"Question {number}?"}])
+        inputs[name] = Input(value=str(path))
+    with pytest.raises(DataError, match=r"1\.jsonl: has another prompt with the id 'x' than a source before it"):
+        run(PromptsConfig(num_held_out=0), Task("iter-00/prompts", 0, 0, 1, 0, inputs, tmp_path))
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_if_the_recipe_says_so(tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt": " "}, {"conversations": [{"from": "gpt", "value": "Hello."}]}]
+    assert "is empty" in refusal(jsonl(tmp_path / "p.jsonl", rows), tmp_path / "strict")
+    (tmp_path / "out").mkdir()
+    inputs = {"source": Input(value=str(tmp_path / "p.jsonl"))}
+    outcome = run(PromptsConfig(num_held_out=2, skip_unusable=True), Task("p", 0, 0, 1, 0, inputs, tmp_path / "out"))
+    assert dict(outcome.counts) == {"train": 10, "held_out": 2, "unusable": 2}
