@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from aipo_hpc import leaving, process_group
 from aipo_hpc.durable import hash_file
 from aipo_hpc.model_files import files_below, sync_tree
 
@@ -114,3 +115,21 @@ class MarkComplete(TrainerCallback):
             partial.rename(folder / MARKER)
             sync_tree(folder.parent)
             self._advance()
+
+
+class SaveBeforeTheEnd(TrainerCallback):
+    """Has a checkpoint saved after the step in which any process was asked to save or leave; all agree on the step."""
+
+    def __init__(self) -> None:
+        self.left = False
+        """Whether training stopped before its end, to be continued by another attempt."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer on every process, after each optimizer step."""
+        asked = process_group.highest(leaving.asked())
+        if asked == leaving.NOT_ASKED or state.global_step >= state.max_steps:
+            return
+        control.should_save = True
+        leaving.saved()
+        if asked == leaving.STOP:
+            control.should_training_stop = self.left = True

@@ -101,6 +101,28 @@ _ANOTHER_PROCESS_DIED = (
 """An engine's process, the GPU's context, or another process of a gang: all that this one sees of a crash."""
 
 
+def deaths(failures: Iterable[Failure], shard: int, attempts: Sequence[str]) -> set[str]:
+    """Those of the attempts at a shard that may have been ended by what they did.
+
+    They crashed, ran out of memory, or ran out of time without getting further.
+    """
+    found: set[str] = set()
+    for failure in failures:
+        hung = failure.kind == "timeout" and not failure.progressed
+        if failure.shard != shard or not (hung or failure.kind in ("killed", "out_of_memory")):
+            continue
+        # The scheduler names no attempt: of those that a requeued task made, the last one died.
+        element = failure.attempt.rpartition(".")[0]
+        siblings = sorted((name for name in attempts if name.rpartition(".")[0] == element), key=_restarts)
+        found |= set(siblings[-1:]) if failure.by_driver else {failure.attempt}
+    return found
+
+
+def _restarts(attempt: str) -> int:
+    digits = attempt.rpartition(".r")[2]
+    return int(digits) if digits.isdecimal() else -1
+
+
 def standings(failures: Iterable[Failure], fence: int, bad: Container[str] = ()) -> dict[int, Standing]:
     """How the shards of a job stand after the failures of this launch, by shard.
 

@@ -61,6 +61,15 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
+def highest(value: int) -> int:
+    """Return the highest ``value`` of all processes on every process."""
+    if not torch.distributed.is_initialized():
+        return value
+    box = torch.tensor(value, device=_device())
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return int(box.item())
+
+
 def wait_for_all() -> None:
     """Return when every process of the group has come here."""
     if torch.distributed.is_initialized():

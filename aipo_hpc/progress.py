@@ -63,13 +63,14 @@ class Progress(Generic[Row]):
             finally:
                 self._file.close()
 
-    def __contains__(self, prompt_id: str) -> bool:
+    def __contains__(self, prompt_id: object) -> bool:
         return prompt_id in self._rows
 
     def append(self, row: Row) -> None:
         """Keep a finished row; durable within two seconds."""
         with full_disk_named(self._out / PROGRESS):
             self._write(row)
+            self._file.flush()  # outlives this process, if not the node
             if not self._advanced:
                 self._advance()
                 self._advanced = True

@@ -18,6 +18,9 @@ def print_report(run: Run, graph: Graph) -> None:
     for table in (results_table(run, graph), pairs_table(run, graph), times_table(run, graph)):
         print_table(table)
         print()
+    for name in graph.jobs:
+        if number := counts(run, graph, name).get("set_aside"):
+            print(f"{name}: {number:g} prompts set aside because they killed their workers; their rows tell which")
     model = final_model(run, graph)
     print(f"final model: {model}" if model else "no model is finished yet")
 

@@ -55,6 +55,8 @@ class Task:
     """This attempt's own folder: exists, and nobody else writes there. All processes of a gang share it."""
     earlier: tuple[Path, ...] = ()
     """Folders of earlier attempts at the same shard, oldest first; they may hold work to continue from."""
+    deaths: tuple[Path, ...] = ()
+    """Those of them that crashed, ran out of memory, or ran out of time without getting further."""
 
     def advance(self) -> None:
         """Note that this attempt got further than those before it: a failure after that is not held against the shard."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments, set_seed
 
-from aipo_hpc import checkpoints, lora, process_group
+from aipo_hpc import checkpoints, leaving, lora, process_group
 from aipo_hpc.fine_tuning import FineTuningConfig, gradient_accumulation_steps
 from aipo_hpc.metrics_file import MetricsFile
 from aipo_hpc.model_files import files_below, load_model, recompute_rotary, save_model
@@ -139,9 +139,17 @@ def train_and_write(
     shape: Mapping[str, Any],
     resume: Path | None,
 ) -> tuple[str, ...]:
-    """Train to the end and write all that ``run`` gives back; returns its files, on rank 0."""
+    """Train to the end and write all that ``run`` gives back; returns its files, on rank 0.
+
+    Raises Left if it was asked to leave before; then it has saved a checkpoint.
+    """
     trainer.add_callback(checkpoints.MarkComplete(shape, task.advance))
+    before_the_end = checkpoints.SaveBeforeTheEnd()
+    trainer.add_callback(before_the_end)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if before_the_end.left:
+        process_group.wait_for_all()
+        raise leaving.Left(f"{task.job}: saved at step {trainer.state.global_step} before the time limit")
     folders = _write_model(config, task, trainer, tokenizer)
     process_group.wait_for_all()
     if not trainer.is_world_process_zero():

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aipo_hpc import gang
+from aipo_hpc import gang, leaving
 from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
-from aipo_hpc.failures import classify
+from aipo_hpc.failures import classify, deaths
 from aipo_hpc.graph import STAGES
 from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain, with_smaller_batches
@@ -56,7 +56,11 @@ class Envelope:
         try:
             place = gang.join()
             execute(run, self, place)
+        except leaving.Left:
+            raise
         except Exception as error:
+            if leaving.ending():
+                raise  # the scheduler knows why, and whether that was a failure
             folder = run.job(self.job)
             folder.record_failure(
                 Failure(
@@ -91,6 +95,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     started = time.time()
     inputs, lineage = resolve_inputs(run, job, envelope.shard)
     out, earlier = folder.begin_attempt(envelope.shard, envelope.attempt)
+    died = deaths(folder.failures(), envelope.shard, [path.name for path in earlier])
     use_private_caches()
     stage = STAGES[job["stage"]]
     config = with_smaller_batches(from_plain(stage.config, job["settings"]), envelope.batch_divisor)
@@ -106,6 +111,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         inputs=inputs,
         out=out,
         earlier=earlier,
+        deaths=tuple(path for path in earlier if path.name in died),
     )
     outcome: Outcome = importlib.import_module(stage.module).run(config, task)
     if place.rank != 0:

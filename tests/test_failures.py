@@ -13,6 +13,7 @@ from aipo_hpc.failures import (
     backoff,
     bad_nodes,
     classify,
+    deaths,
     standings,
 )
 from aipo_hpc.fine_tuning import gradient_accumulation_steps
@@ -155,6 +156,20 @@ def test_what_a_bad_node_did_is_not_held_against_the_shards() -> None:
 )
 def test_exceptions_are_classed(error: BaseException, kind: str) -> None:
     assert classify(error) == kind and kind in KINDS
+
+
+def test_the_attempts_that_died_are_known_though_the_scheduler_names_only_the_element() -> None:
+    attempts = ["s-1.0.r0", "s-1.0.r2", "s-1.0.r10", "s-2.0.r0", "s-3.0.r0", "s-4.0.r0"]
+    recorded = [
+        failed("killed", attempt="s-1.0.driver"),
+        failed("out_of_memory", attempt="s-2.0.r0"),
+        failed("preempted", attempt="s-3.0.driver"),
+        failed("timeout", attempt="s-4.0.driver", progressed=True),
+        failed("killed", attempt="s-4.0.driver", shard=7),
+    ]
+    assert deaths(recorded, 0, attempts) == {"s-1.0.r10", "s-2.0.r0"}
+    hung = [failed("timeout", attempt="s-3.0.driver")]
+    assert deaths(hung, 0, attempts) == {"s-3.0.r0"}
 
 
 def test_smaller_batches_are_tuning_and_leave_the_content_alone() -> None:

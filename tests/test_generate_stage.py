@@ -1,7 +1,7 @@
 """The generate stage: which prompts a shard has, what becomes of bad ones, and what an interrupted shard does again."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,8 +63,13 @@ def rows(made: Task) -> list[Responses]:
     return list(read_rows([made.out / "rows.parquet"], Responses))
 
 
+def composition(engine: "FakeEngine") -> list[list[str]]:
+    """The prompts that were asked for together."""
+    return [[prompt[0].prompt_id for prompt in batch] for batch in engine.batches]
+
+
 class FakeEngine:
-    """Answers in reverse order of what it is asked, each answer telling the seed; counts and may die."""
+    """Answers in reverse order of what it is asked at once, each answer telling the seed; counts and may die."""
 
     def __init__(self, die_after: int | None = None, refuse: str | None = None) -> None:
         self.asked: list[Request] = []
@@ -72,13 +77,11 @@ class FakeEngine:
         self._die_after = die_after
         self._refuse = refuse
 
-    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
-        self.batches.append(requests)
-        served = 0
-        for request in reversed(list(itertools.chain.from_iterable(requests))):
-            if self._die_after is not None and served >= self._die_after:
+    def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        self.batches.append(list(requests))
+        for request in reversed(list(itertools.chain.from_iterable(self.batches[-1]))):
+            if len(self.asked) == self._die_after:
                 raise KeyboardInterrupt
-            served += 1
             self.asked.append(request)
             if request.prompt_id == self._refuse and request.candidate == 1:
                 yield Completion(request, "", "error", 0, "no room")
@@ -188,7 +191,7 @@ def test_a_second_attempt_asks_only_for_what_is_missing_and_gives_the_same_bytes
     outcome = run(config, again)
     # Of 9 prompts x 2 candidates, 3 prompts were whole when it died.
     assert outcome.counts["taken_over"] == 3
-    assert sorted({request.prompt_id for request in engine.asked}) == ["p0", "p1", "p2", "p3", "p4", "p5"]
+    assert sorted({request.prompt_id for request in engine.asked}) == ["p3", "p4", "p5", "p6", "p7", "p8"]
     assert (again.out / "rows.parquet").read_bytes() == (whole.out / "rows.parquet").read_bytes()
     third = task(tmp_path / "killed", prompts(9), tiny_model, attempt="c", earlier=(killed.out, again.out))
     idle = use(monkeypatch, FakeEngine())
@@ -203,18 +206,17 @@ def test_a_second_attempt_asks_for_whole_batches_where_results_depend_on_them(
     source = prompts(8)
     source[1] = Prompt("long", "why " * 100, [Message("user", "why " * 100)])
     first = task(tmp_path, source, tiny_model)
-    engine = use(monkeypatch, FakeEngine(die_after=4))  # p7 and p6, of which p6 shares its batch with p5
+    engine = use(monkeypatch, FakeEngine(die_after=6))  # after p0, p2 and p4, of which p4 shares its batch with p3
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, first)
-    undisturbed = [prompt[0].prompt_id for prompt in engine.batches[0]]
-    assert undisturbed == ["p0", "p2", "p3", "p4", "p5", "p6", "p7"]
+    assert composition(engine) == [["p0", "p2"], ["p3", "p4"]]
     engine = use(monkeypatch, FakeEngine())
     run(CONFIG, task(tmp_path, source, tiny_model, attempt="b", earlier=(first.out,)))
-    assert [prompt[0].prompt_id for prompt in engine.batches[0]] == ["p0", "p2", "p3", "p4", "p5", "p6"]
+    assert composition(engine) == [["p3", "p4"], ["p5", "p6"], ["p7"]]
     engine = use(monkeypatch, FakeEngine())
     vllm = replace(CONFIG, engine="vllm")  # which batches requests as they come
     run(vllm, task(tmp_path, source, tiny_model, attempt="c", earlier=(first.out,)))
-    assert [prompt[0].prompt_id for prompt in engine.batches[0]] == ["p0", "p2", "p3", "p4", "p5"]
+    assert composition(engine) == [["p3", "p5", "p6", "p7"]]
 
 
 def test_the_same_shard_gives_the_same_bytes_with_a_real_engine_even_when_resumed(

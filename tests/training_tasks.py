@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aipo_hpc import leaving
 from aipo_hpc.rows import Candidate, Message, Pair, write_rows
 from aipo_hpc.stages import reference, sft, train
-from aipo_hpc.task import Input, Outcome, Task
+from aipo_hpc.task import Input, Outcome, Place, Task
 
+LEFT = 75
+"""Exit code of a process that left because it was asked to."""
 REPOSITORY = Path(__file__).parents[1]
 WORDS = "red blue green small large old new dog cat bird fish tree river stone house city moon sun star rain".split()
 
@@ -146,15 +149,21 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def _die(die: str) -> None:
-    """Have this process kill itself, as kill -9 would, after a step or in the middle of a checkpoint's save."""
+    """Have this process kill itself, as kill -9 would, after a step or in the middle of a checkpoint's save.
+
+    Or, with "asked after step 3", be asked to leave, if it is the last of its gang.
+    """
     from aipo_hpc.metrics_file import MetricsFile
 
     when, _, step = die.rpartition(" step ")
-    name = {"after": "log", "in save of": "_save_optimizer_and_scheduler"}[when]
+    name = {"after": "log", "asked after": "log", "in save of": "_save_optimizer_and_scheduler"}[when]
     undisturbed = getattr(MetricsFile, name)
 
     def fatal(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == int(step):
+        if self.state.global_step == int(step) and when == "asked after":
+            if Place.here().rank == Place.here().world_size - 1:
+                leaving.ask(leaving.STOP)
+        elif self.state.global_step == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
         return undisturbed(self, *args, **kwargs)
 
@@ -176,7 +185,11 @@ def main() -> Outcome:
         Path(where["model"]),
         earlier=tuple(Path(folder) for folder in where["earlier"]),
     )
-    outcome: Outcome = stage.run(config(**spec["config"]), task)
+    try:
+        outcome: Outcome = stage.run(config(**spec["config"]), task)
+    except leaving.Left as left:
+        print(left, flush=True)
+        sys.exit(LEFT)
     return outcome
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import submitit
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
-from aipo_hpc.clusters.envelope import SubmititEnvelope
+from aipo_hpc.clusters.envelope import MAX_REQUEUES, envelopes
 from aipo_hpc.errors import ClusterError, RecipeError
 from aipo_hpc.processes import descendants, start_time
 
@@ -88,22 +88,15 @@ class LocalCluster:
         assert job.resources is not None and len(submission.shards) == 1
         mine = self._take_gpus(job.resources.gpus_per_node)
         folder = run.job(job.name).logs
-        executor = submitit.LocalExecutor(folder=folder)
+        (envelope,) = envelopes(run, job, submission)
+        executor = submitit.LocalExecutor(folder=folder, max_num_timeout=MAX_REQUEUES)
         executor.update_parameters(
             timeout_min=math.ceil(job.resources.time * submission.adjustment.time),
             tasks_per_node=job.resources.tasks_per_node,
             gpus_per_node=len(mine),
             visible_gpus=mine,
+            signal_delay_s=envelope.notice,
             stderr_to_stdout=True,
-        )
-        envelope = SubmititEnvelope(
-            str(run.path),
-            job.name,
-            submission.shards[0],
-            submission.name,
-            0,
-            submission.fence,
-            submission.adjustment.batch,
         )
         started = executor.submit(envelope)
         self._jobs[submission.name] = started

@@ -20,7 +20,7 @@ import submitit
 from submitit.core.job_environment import JobEnvironment
 
 from aipo_hpc.clusters import Limits, Submission, TaskState
-from aipo_hpc.clusters.envelope import SubmititEnvelope
+from aipo_hpc.clusters.envelope import MAX_REQUEUES, SubmititEnvelope, envelopes, notice
 from aipo_hpc.clusters.slurm_answers import is_ours, parse_sacct, parse_squeue
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 120.0
 """Seconds after which a client command counts as not answered."""
-
-_SIGNAL_SECONDS = 90
-"""Seconds before a time limit at which Slurm tells a task to come to an end."""
 
 _PASSING = (
     "unable to contact slurm controller",
@@ -111,20 +108,16 @@ class SlurmCluster:
         python = self._config.python or shlex.quote(sys.executable)
         if not parameters["use_srun"]:
             python = f"exec {python}"  # Python takes the place of the batch shell, which gets Slurm's signal
-        executor = submitit.SlurmExecutor(folder=run.job(job.name).logs, python=python)
+        folder = run.job(job.name).logs
+        executor = submitit.SlurmExecutor(folder=folder, python=python, max_num_timeout=MAX_REQUEUES)
         executor.update_parameters(**parameters)
-        envelopes = [
-            SubmititEnvelope(
-                str(run.path), job.name, shard, submission.name, index, submission.fence, submission.adjustment.batch
-            )
-            for index, shard in enumerate(submission.shards)
-        ]
+        sent = envelopes(run, job, submission)
         self.num_commands += 1
         try:
             with outside_any_job():
-                if len(envelopes) == 1:
-                    return str(executor.submit(envelopes[0]).job_id)
-                jobs = executor.map_array(SubmititEnvelope.__call__, envelopes)
+                if len(sent) == 1:
+                    return str(executor.submit(sent[0]).job_id)
+                jobs = executor.map_array(SubmititEnvelope.__call__, sent)
             return str(jobs[0].job_id).split("_")[0]
         except submitit.core.utils.FailedSubmissionError as error:
             raise ClusterError(f"{job.name}: sbatch gave no job id: {error}") from error
@@ -140,13 +133,13 @@ class SlurmCluster:
             kinds = {dependency.after: dependency.kind for dependency in submission.after}
             additional["dependency"] = ",".join(f"{kinds[each.name]}:{each.id}" for each in after)
             additional["kill-on-invalid-dep"] = "yes"
-        srun_args = list(config.srun_args)
+        seconds, srun_args = notice(resources, adjustment.time), list(config.srun_args)
         if resources.nodes * resources.tasks_per_node > 1:
             # Since Slurm 22.05 a step does not take over the batch job's number of cores by itself.
             srun_args += ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"]
         elif not srun_args:
             # One process needs no step of its own: one call of the controller less for every shard.
-            additional.setdefault("signal", f"B:{JobEnvironment.USR_SIG}@{_SIGNAL_SECONDS}")
+            additional.setdefault("signal", f"B:{JobEnvironment.USR_SIG}@{seconds}")
         parameters = {
             **site_parameters(config, resources),
             "mem": f"{int(resources.mem_gb * adjustment.memory * 1024)}MB" if resources.mem_gb else None,
@@ -156,7 +149,7 @@ class SlurmCluster:
             "comment": f"{run_label(submission)} {job.name}",
             "use_srun": bool(srun_args),
             "srun_args": srun_args,
-            "signal_delay_s": _SIGNAL_SECONDS,
+            "signal_delay_s": seconds,
             "array_parallelism": resources.array_parallelism,
             "additional_parameters": additional,
         }

@@ -1,6 +1,6 @@
 """Engines sample responses. One file each; this is what they have in common."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar, Protocol
@@ -74,8 +74,10 @@ class Completion:
 class Engine(Protocol):
     """A loaded model."""
 
-    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Yield completions as they finish, in any order; ``requests`` holds the candidates of one prompt together.
+
+        Requests are taken when they are begun, not before.
 
         A request that the engine refuses gives a Completion with an error; the others are not hurt.
         """
@@ -99,9 +101,9 @@ def temperature_of(request: Request, config: EngineConfig) -> float:
     return config.temperature if request.temperature is None else request.temperature
 
 
-def prompts_per_batch(config: EngineConfig) -> int:
-    """How many prompts a resumed shard asks for together: vllm batches as requests come, so there each is on its own."""
-    return config.batch_size if config.engine == "transformers" else 1
+def prompts_per_batch(config: EngineConfig) -> int | None:
+    """How many prompts are asked for together, also when a shard is resumed; None: vllm batches requests as they come."""
+    return config.batch_size if config.engine == "transformers" else None
 
 
 def check_engine(config: EngineConfig) -> None:

@@ -5,7 +5,8 @@ and because each sequence has a noise generator of its own, its draws do not dep
 have a fixed composition (``batch_size`` prompts in the shard's order), so a repeated shard gives the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,11 +95,11 @@ class TransformersEngine:
         pad = self._tokenizer.pad_token_id
         self._pad = self._eos[0] if pad is None else int(pad)
 
-    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Yield the completions batch by batch."""
-        for start in range(0, len(requests), self._config.batch_size):
-            batch = [request for prompt in requests[start : start + self._config.batch_size] for request in prompt]
-            yield from self._run(batch)
+        waiting = iter(requests)
+        while prompts := list(islice(waiting, self._config.batch_size)):
+            yield from self._run([request for prompt in prompts for request in prompt])
 
     def _run(self, batch: Sequence[Request]) -> Iterator[Completion]:
         width = max(len(request.prompt_token_ids) for request in batch)

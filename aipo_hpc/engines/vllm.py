@@ -7,7 +7,7 @@ refuses is reported and hurts no other.
 import atexit
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class VllmEngine:
         # for its processes, which may be before vLLM's own finalizers run: what is registered last runs first.
         atexit.register(_end, weakref.ref(self._llm))
 
-    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Yield each completion as it finishes."""
         engine = self._llm.llm_engine
         tokenizer: Any = self._llm.get_tokenizer()

@@ -6,16 +6,18 @@ A prompt that the engine refuses is recorded with its error and skipped; finishe
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from aipo_hpc import leaving
 from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import PROMPT_TOO_LONG, PROMPT_TOO_SHORT, Candidate, Message, Prompt, Responses, read_rows
 from aipo_hpc.seeds import derived_seed
 from aipo_hpc.settings import tuning
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
         for prompt in shard_of(select(source, config, task), task)
     ]
     policy = task.inputs["policy"].model
+    suspects = Suspects(task)
     with Progress(task, Responses) as progress:
         waiting = [prompt for prompt in prompts if prompt.prompt_id not in progress]
         if waiting:
@@ -78,20 +81,28 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
                 if isinstance(error := asked[prompt.prompt_id], str):
                     progress.append(Responses(prompt.prompt_id, prompt.prompt, prompt.messages, [], error))
             accepted = {prompt.prompt_id: prompt for prompt in prompts if not isinstance(asked[prompt.prompt_id], str)}
-            requests: list[list[Request]] = []
+            for prompt_id in suspects.guilty:
+                if prompt_id in accepted and prompt_id not in progress:
+                    prompt = accepted[prompt_id]
+                    progress.append(Responses(prompt_id, prompt.prompt, prompt.messages, [], suspects.reason))
             # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
-            for batch in _batches(list(accepted), prompts_per_batch(config)):
-                if not all(prompt_id in progress for prompt_id in batch):
-                    requests += (each for prompt_id in batch if not isinstance(each := asked[prompt_id], str))
-            if requests:
-                engine = load_engine(config, policy)
-                ours = {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted}
+            size = prompts_per_batch(config)
+            rounds = suspects.rounds(list(_batches(list(accepted), size or max(1, len(accepted)))), progress)
+            engine = load_engine(config, policy) if rounds else None
+            ours = {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted} if rounds else {}
+            for batch in (batch for batches in rounds for batch in batches):
+                leaving.here(f"{task.job} shard {task.shard}")
+                assert engine is not None
+                wanted = batch if size else [prompt_id for prompt_id in batch if prompt_id not in progress]
+                requests = _requests(wanted, asked, suspects)
                 for row in _collect(accepted, engine.generate(requests), plan(config), ours):
                     if row.prompt_id not in progress:
                         progress.append(row)
+        if not all(prompt.prompt_id in progress for prompt in prompts):
+            leaving.here(f"{task.job} shard {task.shard}")
         outputs = progress.finish(prompt.prompt_id for prompt in prompts)
         counts = _counts(list(progress.rows(prompt.prompt_id for prompt in prompts)))
-        return Outcome(len(prompts), outputs, {**counts, "taken_over": progress.num_taken_over})
+        return Outcome(len(prompts), outputs, {**counts, **suspects.counts, "taken_over": progress.num_taken_over})
 
 
 def select(prompts: list[Prompt], config: GenerateConfig, task: Task) -> list[Prompt]:
@@ -143,6 +154,18 @@ def put(prompt: Prompt, system_message: str | None, keep: bool = True) -> Prompt
 def _batches(prompt_ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(prompt_ids), size):
         yield prompt_ids[start : start + size]
+
+
+def _requests(
+    prompt_ids: Sequence[str], asked: "Mapping[str, list[Request] | str]", suspects: Suspects
+) -> "Iterator[list[Request]]":
+    """The requests of prompts, each noted as begun when the engine takes it."""
+    for prompt_id in prompt_ids:
+        if leaving.asked() == leaving.STOP:
+            return  # what is in flight is still finished, if there is time
+        if not isinstance(requests := asked[prompt_id], str):
+            suspects.begin([prompt_id])
+            yield requests
 
 
 def _ask(

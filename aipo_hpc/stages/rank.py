@@ -9,12 +9,14 @@ score of every ranker is kept, so that choosing other pairs never ranks again.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from aipo_hpc import leaving
 from aipo_hpc.progress import ROWS, Progress
 from aipo_hpc.rankers import NOT_FINITE, Ranking, failed, load_ranker
 from aipo_hpc.rankers.config import RankerConfig
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Opinion, Ranked, Responses, read_rows
 from aipo_hpc.settings import tuning
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 
@@ -36,24 +38,29 @@ def run(config: RankConfig, task: Task) -> Outcome:
         DataError: a ranker's model cannot be used.
     """
     responses = list(read_rows(task.inputs["responses"].named(ROWS), Responses))
+    suspects = Suspects(task)
     with Progress(task, Ranked) as progress:
         for row in responses:
             if row.error is not None and row.prompt_id not in progress:
                 progress.append(_ranked(row, failed(row.error), []))
-        to_rank = [row for row in responses if row.error is None]
-        if any(row.prompt_id not in progress for row in to_rank):
+        to_rank = {row.prompt_id: row for row in responses if row.error is None}
+        for prompt_id in suspects.guilty:
+            if prompt_id in to_rank and prompt_id not in progress:
+                progress.append(_ranked(to_rank[prompt_id], failed(suspects.reason), []))
+        if any(prompt_id not in progress for prompt_id in to_rank):
             models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
             ranker = load_ranker(config, models, task.seed)
-            for chunk in _chunks(to_rank, ranker.prompts_per_call):
-                if all(row.prompt_id in progress for row in chunk):
-                    continue
+            rounds = suspects.rounds(list(_chunks(list(to_rank), ranker.prompts_per_call)), progress)
+            for chunk in ([to_rank[each] for each in batch] for batches in rounds for batch in batches):
+                leaving.here(f"{task.job} shard {task.shard}")
+                suspects.begin([row.prompt_id for row in chunk])
                 for row, ranking in zip(chunk, ranker.rank(chunk), strict=True):
                     if row.prompt_id not in progress:
                         progress.append(_ranked(row, ranking, opinions(config.ranker, ranking)))
         prompt_ids = [row.prompt_id for row in responses]
         outputs = progress.finish(prompt_ids)
         counts = count(list(progress.rows(prompt_ids)))
-    return Outcome(rows=len(responses), outputs=outputs, counts=counts)
+    return Outcome(rows=len(responses), outputs=outputs, counts={**counts, **suspects.counts})
 
 
 def opinions(ranker: str, ranking: Ranking) -> list[Opinion]:
@@ -112,6 +119,6 @@ def _ranked(row: Responses, ranking: Ranking, said: list[Opinion]) -> Ranked:
     )
 
 
-def _chunks(rows: Sequence[Responses], size: int) -> Iterator[Sequence[Responses]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _chunks(prompt_ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(prompt_ids), size):
+        yield prompt_ids[start : start + size]

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aipo_hpc import leaving
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Pair, TrainRow, read_rows
 from aipo_hpc.settings import memory_bound, tuning
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -67,9 +69,10 @@ def run(config: ReferenceConfig, task: Task) -> Outcome:
     """
     pairs = _slice(list(read_rows(task.inputs["pairs"].named("pairs.parquet"), Pair)), task)
     errors: dict[str, str] = {}
+    suspects = Suspects(task)
     with Progress(task, TrainRow) as progress:
         if pairs:
-            _score_all(config, task, pairs, progress, errors)
+            _score_all(config, task, pairs, progress, errors, suspects)
         kept = [pair.prompt_id for pair in pairs if pair.prompt_id in progress]
         if pairs and not kept:
             raise DataError(
@@ -81,7 +84,7 @@ def run(config: ReferenceConfig, task: Task) -> Outcome:
     if errors:
         _write_errors(task.out / ERRORS, errors)
         outputs = (*outputs, ERRORS)
-    return Outcome(len(kept), outputs, {"pairs": len(kept), "tokens": tokens, "errors": len(errors)})
+    return Outcome(len(kept), outputs, {"pairs": len(kept), "tokens": tokens, "errors": len(errors), **suspects.counts})
 
 
 def _slice(pairs: list[Pair], task: Task) -> list[Pair]:
@@ -97,6 +100,7 @@ def _score_all(
     pairs: Sequence[Pair],
     progress: Progress[TrainRow],
     errors: dict[str, str],
+    suspects: Suspects,
 ) -> None:
     """Append a row to ``progress``, or an entry to ``errors``, for each pair."""
     from aipo_hpc.chat import load_tokenizer, refuse_other_tokens
@@ -113,13 +117,17 @@ def _score_all(
         else:
             errors[pair.prompt_id] = row
     # Batches are made of all pairs, finished ones too: what a pair is padded with must not depend on interruptions.
-    batches = list(_batches(unscored, config.tokens_per_batch))
-    missing = [batch for batch in batches if any(row.prompt_id not in progress for row in batch)]
-    if not missing:
+    named = {row.prompt_id: row for row in unscored}
+    batches = [[row.prompt_id for row in batch] for batch in _batches(unscored, config.tokens_per_batch)]
+    errors.update((prompt_id, suspects.reason) for prompt_id in suspects.guilty if prompt_id in named)
+    rounds = suspects.rounds(batches, progress)
+    if not rounds:
         return
     model = _load(model_name, config.dtype)
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for batch in missing:
+    for batch in ([named[each] for each in batch] for batches in rounds for batch in batches):
+        leaving.here("reference")
+        suspects.begin([row.prompt_id for row in batch])
         fitting = []
         for row in batch:
             length = _longest(row)
