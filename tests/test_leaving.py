@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 poll_seconds=0.05,
                 data=replace(demo.data, limit=16, num_held_out=2),
                 generate=replace(demo.generate, n=2, max_tokens=8, num_shards=1, batch_size=4),
-                reference=replace(demo.reference, tokens_per_batch=512),
+                reference=replace(demo.reference, tokens_per_batch=64),
                 train=replace(demo.train, num_train_epochs=1, global_batch_size=8, per_device_train_batch_size=4),
             )
         )

@@ -112,7 +112,7 @@ def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **conf
                 subprocess.Popen([sys.executable, __file__, str(path)], env=environment, stdout=log, stderr=log)
             )
     try:
-        return [process.wait(timeout=170) for process in processes]
+        return [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
