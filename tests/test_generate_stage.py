@@ -191,7 +191,7 @@ def test_a_second_attempt_asks_only_for_what_is_missing_and_gives_the_same_bytes
     outcome = run(config, again)
     # Of 9 prompts x 2 candidates, 3 prompts were whole when it died.
     assert outcome.counts["taken_over"] == 3
-    assert sorted({request.prompt_id for request in engine.asked}) == ["p3", "p4", "p5", "p6", "p7", "p8"]
+    assert sorted({request.prompt_id for request in engine.asked}) == ["p0", "p1", "p2", "p3", "p4", "p5"]
     assert (again.out / "rows.parquet").read_bytes() == (whole.out / "rows.parquet").read_bytes()
     third = task(tmp_path / "killed", prompts(9), tiny_model, attempt="c", earlier=(killed.out, again.out))
     idle = use(monkeypatch, FakeEngine())

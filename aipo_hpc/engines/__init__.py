@@ -101,9 +101,9 @@ def temperature_of(request: Request, config: EngineConfig) -> float:
     return config.temperature if request.temperature is None else request.temperature
 
 
-def prompts_per_batch(config: EngineConfig) -> int | None:
-    """How many prompts are asked for together, also when a shard is resumed; None: vllm batches requests as they come."""
-    return config.batch_size if config.engine == "transformers" else None
+def prompts_per_batch(config: EngineConfig) -> int:
+    """How many prompts a resumed shard asks for together: vllm batches as requests come, so there each is on its own."""
+    return config.batch_size if config.engine == "transformers" else 1
 
 
 def check_engine(config: EngineConfig) -> None:

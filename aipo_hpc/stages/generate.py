@@ -87,13 +87,16 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
                     progress.append(Responses(prompt_id, prompt.prompt, prompt.messages, [], suspects.reason))
             # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
             size = prompts_per_batch(config)
-            rounds = suspects.rounds(list(_batches(list(accepted), size or max(1, len(accepted)))), progress)
+            batches = _batches(list(accepted), size if size > 1 else max(1, len(accepted)))
+            rounds = suspects.rounds(list(batches), progress)
             engine = load_engine(config, policy) if rounds else None
-            ours = {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted} if rounds else {}
-            for batch in (batch for batches in rounds for batch in batches):
+            ours = (
+                {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted} if rounds else {}
+            )
+            for batch in itertools.chain.from_iterable(rounds):
                 leaving.here(f"{task.job} shard {task.shard}")
                 assert engine is not None
-                wanted = batch if size else [prompt_id for prompt_id in batch if prompt_id not in progress]
+                wanted = batch if size > 1 else [prompt_id for prompt_id in batch if prompt_id not in progress]
                 requests = _requests(wanted, asked, suspects)
                 for row in _collect(accepted, engine.generate(requests), plan(config), ours):
                     if row.prompt_id not in progress:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
+from aipo_hpc import leaving
 from aipo_hpc.engines import Engine, EngineConfig, Request, load_engine, prompts_per_batch
 from aipo_hpc.harvest import DROPPED, DroppedTask, Harvest, Rules
 from aipo_hpc.instruct_filters import BLOCKED_WORDS, request_text, stop_text
@@ -154,6 +155,7 @@ class Calls:
 
         Batches keep the composition that they have in an undisturbed shard, so whole batches are asked for again.
         """
+        leaving.here(f"{self._task.job} shard {self._task.shard}")
         size = prompts_per_batch(self._config)
         refused: list[Call] = []
         asked: dict[str, Call] = {}
