@@ -12,6 +12,7 @@ With ``preferences.source``, the job ``preferences`` stands for ``generate ─�
 ``answers`` and ``baseline`` are the stage ``generate`` over the held-out prompts, with the new and with the initial policy.
 The policy of an iteration is the model that the iteration before it trained; it is also its reference, unless the recipe
 names another. With ``conversations.source``, ``conversations ── sft`` come first, and the initial policy is what they make.
+Each policy answers the benchmarks that are asked for: ``answers-NAME``, the initial one ``baseline-NAME``, ``answer_files``.
 """
 
 import dataclasses
@@ -28,7 +29,10 @@ from aipo_hpc.rankers.config import without_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import content
+from aipo_hpc.stage_table import STAGES
 from aipo_hpc.stages import (
+    answer_files,
+    benchmark,
     clusters,
     collect,
     conversations,
@@ -38,40 +42,7 @@ from aipo_hpc.stages import (
     pairs,
     preferences,
     prompts,
-    rank,
-    reference,
-    sft,
-    train,
 )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A kind of job: its module (settings class and ``run``) and the version of what it computes.
-
-    Raise ``version`` when a change of the code changes results: finished work of another version then counts as drift.
-    """
-
-    module: str
-    config: type[Any]
-    version: int = 1
-
-
-STAGES: Mapping[str, Stage] = {
-    "prompts": Stage("aipo_hpc.stages.prompts", prompts.PromptsConfig),
-    "conversations": Stage("aipo_hpc.stages.conversations", conversations.ConversationsConfig),
-    "sft": Stage("aipo_hpc.stages.sft", sft.SftConfig),
-    "clusters": Stage("aipo_hpc.stages.clusters", clusters.ClustersConfig),
-    "instruct": Stage("aipo_hpc.stages.instruct", instruct.InstructConfig),
-    "collect": Stage("aipo_hpc.stages.collect", collect.CollectConfig),
-    "generate": Stage("aipo_hpc.stages.generate", generate.GenerateConfig),
-    "preferences": Stage("aipo_hpc.stages.preferences", preferences.PreferencesConfig),
-    "rank": Stage("aipo_hpc.stages.rank", rank.RankConfig),
-    "pairs": Stage("aipo_hpc.stages.pairs", pairs.PairsConfig),
-    "reference": Stage("aipo_hpc.stages.reference", reference.ReferenceConfig, version=2),
-    "train": Stage("aipo_hpc.stages.train", train.TrainConfig),
-    "evaluate": Stage("aipo_hpc.stages.evaluate", evaluate.EvaluateConfig, version=2),
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +101,7 @@ def make_graph(jobs: list[Job]) -> Graph:
     contents: dict[str, dict[str, Any]] = {}
     fingerprints: dict[str, str] = {}
     for job in jobs:
-        if not re.fullmatch(r"iter-\d+/[a-z][a-z0-9_]*", job.name):
+        if not re.fullmatch(r"iter-\d+/[a-z][a-z0-9_-]*", job.name):
             raise GraphError(f"{job.name!r}: a job's name becomes a folder's; it must be like iter-00/generate")
         if job.name in named:
             raise GraphError(f"{job.name}: two jobs have this name")
@@ -180,7 +151,7 @@ def build_graph(recipe: Recipe) -> Graph:
     initial: Edge | Outside = policy_outside(recipe)
     judging = evaluate.judging(recipe.evaluate, recipe.rank)
     rankers = ranker_inputs(recipe.rank)
-    evaluation = without_models(judging)
+    evaluation = dataclasses.replace(without_models(judging), benchmarks=())
     ranking = dataclasses.replace(without_models(recipe.rank), num_shards=None)
     answers = dataclasses.replace(
         generate.sampled_only(recipe.generate),
@@ -216,6 +187,23 @@ def build_graph(recipe: Recipe) -> Graph:
     judges = {name: judge or initial for name, judge in ranker_inputs(judging).items()}
     baseline_inputs: dict[str, Edge | Outside] = {"prompts": Edge(prompts_job, prompts.HELD_OUT), "policy": initial}
     baseline_job = add(0, "baseline", answers, baseline_inputs, evaluation.num_shards, "generate")
+    questions: dict[str, Edge | Outside] = {each.name: outside(each.questions) for each in recipe.evaluate.benchmarks}
+
+    def answer_benchmarks(iteration: int, prefix: str, policy: Edge | Outside) -> dict[str, str]:
+        """Jobs in which a policy answers the benchmarks, by benchmark."""
+        return {
+            each.name: add(
+                iteration,
+                f"{prefix}-{each.name}",
+                benchmark.answering(each, recipe.generate),
+                {"questions": questions[each.name], "policy": policy},
+                each.num_shards,
+                "benchmark",
+            )
+            for each in recipe.evaluate.benchmarks
+        }
+
+    baselines = answer_benchmarks(0, "baseline", initial)
     # What the reference is in every iteration, if it is not the iteration's own policy.
     held: dict[str, Edge | Outside] = {"initial": initial}
     if (name := recipe.reference.model) not in ("previous", "initial"):
@@ -310,4 +298,14 @@ def build_graph(recipe: Recipe) -> Graph:
                 **judges,
             },
         )
+        if answered_by := answer_benchmarks(iteration, "answers", policy):
+            rows: dict[str, Edge | Outside] = {name: Edge(job, "rows.parquet") for name, job in answered_by.items()}
+            if iteration == 0:
+                rows |= {f"{name}.initial": Edge(job, "rows.parquet") for name, job in baselines.items()}
+            add(
+                iteration,
+                "answer_files",
+                answer_files.AnswerFilesConfig(tuple(answered_by), recipe.name),
+                {**rows, **{f"{name}.questions": each for name, each in questions.items()}},
+            )
     return make_graph(jobs)

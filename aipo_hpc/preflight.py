@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_hpc import sources
+from aipo_hpc.benchmarks import read_questions
 from aipo_hpc.chat import refuse_other_tokens
 from aipo_hpc.chat_templates import make_templated_folder
 from aipo_hpc.errors import DataError
@@ -55,11 +56,18 @@ def _check_references(graph: Graph) -> None:
 
 
 def _kind(job: Job, name: str) -> str:
-    """What an outside input is checked as: policy, reference, source, ranker, chat ranker, embedder."""
+    """What an outside input is checked as: policy, reference, source, ranker, chat ranker, embedder, questions of ..."""
+    if name == "questions":
+        return f"{_QUESTIONS}{job.config.name}"
+    if name.endswith(".questions"):
+        return f"{_QUESTIONS}{name.removesuffix('.questions')}"
     if name == "ranker" or name.startswith("ranker."):
         single = models(job.config)[name]
         return "chat ranker" if RANKERS[single.ranker].chat else "ranker"
     return name
+
+
+_QUESTIONS = "questions of "
 
 
 def with_templates(graph: Graph, run: Run) -> Graph:
@@ -82,6 +90,10 @@ def with_templates(graph: Graph, run: Run) -> Graph:
 def _check(kind: str, source: Outside) -> str:
     if kind.startswith(sources.KIND):
         return str(sources.parse(source.value).absolute())
+    if kind.startswith(_QUESTIONS):
+        path = Path(source.value).expanduser()
+        read_questions(kind.removeprefix(_QUESTIONS), path)
+        return str(path.resolve())
     folder = _folder(kind, source)
     if not (folder / "config.json").is_file():
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")

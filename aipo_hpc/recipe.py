@@ -15,6 +15,7 @@ from typing import Literal
 
 import tyro
 
+from aipo_hpc import benchmarks
 from aipo_hpc.chat_templates import read_template
 from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
@@ -129,6 +130,7 @@ def validate(recipe: Recipe) -> None:
         check_ranker(recipe.evaluate, "evaluate")
     check_models(judging(recipe.evaluate, recipe.rank), "evaluate")
     check_engine(recipe.generate)
+    benchmarks.check_benchmarks(recipe.evaluate.benchmarks)
     check_engine(recipe.instruct)
     wrong = [
         (

@@ -4,9 +4,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from aipo_hpc.errors import RecipeError, RunError
-from aipo_hpc.graph import STAGES, Edge, Graph, Job, make_graph
+from aipo_hpc.graph import Edge, Graph, Job, make_graph
 from aipo_hpc.outside import Outside
 from aipo_hpc.settings import everything, from_plain
+from aipo_hpc.stage_table import STAGES
 from aipo_hpc.store import Run
 
 

@@ -16,7 +16,7 @@ import pytest
 from aipo_hpc import driver, errors, journal, worker
 from aipo_hpc.clusters import Cluster, Limits, Submission, TaskState
 from aipo_hpc.driver import Driver
-from aipo_hpc.graph import STAGES, Edge, Graph, Job, Stage, make_graph
+from aipo_hpc.graph import Edge, Graph, Job, make_graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.reconcile import Decision, View
@@ -24,6 +24,7 @@ from aipo_hpc.record import job_record
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Output, Sentinel
 from aipo_hpc.settings import memory_bound, tuning
+from aipo_hpc.stage_table import STAGES, Stage
 from aipo_hpc.store import Run
 from aipo_hpc.task import Outcome, Task
 

@@ -10,11 +10,12 @@ from fakes import chain, finish, touch, write_run
 from aipo_hpc.cancel import reset_job
 from aipo_hpc.drift import drifts, refuse_drift
 from aipo_hpc.errors import DriftError
-from aipo_hpc.graph import STAGES, Graph, build_graph, make_graph
+from aipo_hpc.graph import Graph, build_graph, make_graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.outside import Outside
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.resources import Resources
+from aipo_hpc.stage_table import STAGES
 from aipo_hpc.store import Run
 
 

@@ -11,11 +11,12 @@ from fakes import TouchConfig, chain, touch
 
 from aipo_hpc import graph as graph_module
 from aipo_hpc.errors import GraphError
-from aipo_hpc.graph import STAGES, Edge, Graph, build_graph, make_graph
+from aipo_hpc.graph import Edge, Graph, build_graph, make_graph
 from aipo_hpc.outside import Outside
 from aipo_hpc.rankers.config import MemberConfig
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.resources import Resources
+from aipo_hpc.stage_table import STAGES
 
 
 @pytest.fixture

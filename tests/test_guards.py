@@ -21,14 +21,14 @@ MODULES = {
 LAYERS = {
     "words": "errors leaving settings resources identity processes sentinel rows task allowance pace adjustment fine_tuning "
     "clusters engines rankers rankers.config seeds selection filters seed_pool deduplication instruct_filters harvest "
-    "embeddings sources chat_formats objectives.*",
+    "embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
     "files": "chat_templates durable ownership failures store journal lease progress suspects",
     "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "
     "sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "instruct_settings recipe arguments",
-    "graph": "outside graph record drift preflight parity",
+    "graph": "outside stage_table graph record drift preflight parity",
     "execution": "reconcile damage worker here clusters.*",
     "driver": "ledger model_card manifest driver chain cancel",
     "user": "lineage plan terminal report launch __main__",

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from aipo_hpc.errors import RecipeError
-from aipo_hpc.graph import STAGES
 from aipo_hpc.recipe import Recipe, known_recipes, load_recipe
 from aipo_hpc.settings import content, everything, from_plain, tuning
+from aipo_hpc.stage_table import STAGES
 
 
 @dataclass(frozen=True)

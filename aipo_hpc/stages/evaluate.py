@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from aipo_hpc.benchmarks import BenchmarkConfig
 from aipo_hpc.errors import DataError
 from aipo_hpc.length_control import length_controlled
 from aipo_hpc.rankers.config import RankerConfig
@@ -39,6 +40,8 @@ class EvaluateConfig(RankerConfig):
     """Shards of the array that samples the answers."""
     tokens_per_batch: int | None = memory_bound(16384)
     """Tokens the ranker reads at once."""
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """Benchmarks that each policy answers, for their own tools to judge (set in a recipe file)."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
 
 

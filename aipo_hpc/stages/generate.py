@@ -8,7 +8,7 @@ A prompt that the engine refuses is recorded with its error and skipped; finishe
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from aipo_hpc import leaving
 from aipo_hpc.engines import EngineConfig
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from aipo_hpc.engines import Completion, Request
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def select(prompts: list[Prompt], config: GenerateConfig, task: Task) -> list[Pr
     return [prompts[(start + position) % len(prompts)] for position in range(size)]
 
 
-def shard_of(prompts: Sequence[Prompt], task: Task) -> Sequence[Prompt]:
+def shard_of(prompts: Sequence[Item], task: Task) -> Sequence[Item]:
     """This shard's contiguous part; parts differ by one prompt at most and together hold every prompt once."""
     start, end = (len(prompts) * edge // task.num_shards for edge in (task.shard, task.shard + 1))
     return prompts[start:end]

@@ -9,9 +9,9 @@ from pathlib import Path
 import payload
 
 from aipo_hpc.clusters.envelope import SubmititEnvelope
-from aipo_hpc.graph import STAGES, Stage
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
+from aipo_hpc.stage_table import STAGES, Stage
 from aipo_hpc.task import Outcome, Task
 
 OUTPUT = "output.txt"
