@@ -13,7 +13,7 @@ from _chaos.world import World
 
 @dataclass
 class Gremlin:
-    """Kinds come in a seeded order, each once before any comes again; the pauses between them are seeded, too.
+    """Kinds come in a seeded order, each once before any that is possible comes again; the pauses between them are seeded, too.
 
     What they hit depends on where the run is just then, so a seed repeats the plan of an attack and not each hit.
     """
@@ -44,17 +44,18 @@ class Gremlin:
                 if self.world.user.finished and not self._ends:
                     return
                 if now >= due and not self.world.user.finished and self.injected.total() < self.most:
-                    if not deck:
-                        deck = draw.sample(sorted(self.kinds), len(self.kinds))
-                    self._inject(deck, draw, now - began)
-                    due = time.monotonic() + draw.uniform(*self.pause)
+                    if not self._inject(deck, draw, now - began):
+                        # What is left is not possible now: it stays on top of the next deck.
+                        deck += draw.sample(others := sorted(set(self.kinds) - set(deck)), len(others))
+                    else:
+                        due = time.monotonic() + draw.uniform(*self.pause)
                 time.sleep(0.1)
         finally:
             self._end_what_is_over(float("inf"))
             self.world.user.kill()
 
-    def _inject(self, deck: list[str], draw: Random, at: float) -> None:
-        """Do the first fault of the deck that is possible now; the others stay for later."""
+    def _inject(self, deck: list[str], draw: Random, at: float) -> bool:
+        """Do the first fault of the deck that is possible now; the others stay for later. False if none was."""
         for kind in list(deck):
             done = FAULTS[kind](self.world, draw)
             if done is None:
@@ -64,7 +65,8 @@ class Gremlin:
             self.tell(f"[{at:6.1f} s] {done.what}")
             if done.end is not None:
                 self._ends.append((time.monotonic() + done.seconds, done.end))
-            return
+            return True
+        return False
 
     def _end_what_is_over(self, now: float) -> None:
         for due, end in list(self._ends):

@@ -86,8 +86,7 @@ class World:
         groups: dict[int, list[Process]] = {}
         for process in processes.marked(self.sandbox, self.conf):
             with suppress(OSError):
-                words = Path(f"/proc/{process.pid}/environ").read_bytes()
-                if b"SLURM_STEP_ID=" in words:
+                if b"submitit" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
                     groups.setdefault(os.getpgid(process.pid), []).append(process)
         groups.pop(os.getpgrp(), None)
         return list(groups.values())
