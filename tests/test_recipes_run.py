@@ -1,17 +1,22 @@
 """Every recipe that comes along, run from beginning to end in miniature."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from miniature import miniature, miniature_policy, miniature_reward_model
+from sandbox import Sandbox
 from test_recipes import NAMES
 
 from aipo_hpc.chat_templates import read_template
 from aipo_hpc.launch import launch
 from aipo_hpc.recipe import load_recipe
+from aipo_hpc.record import read_graph
 from aipo_hpc.rows import Pair, Ranked, read_rows
 from aipo_hpc.store import Run
 
@@ -56,3 +61,29 @@ def test_a_recipe_runs_to_its_end_in_miniature(name: str, models: Path, tmp_path
     assert 0 <= metrics["win_rate"] <= 1
     seconds = time.monotonic() - begun
     print(f"{name}: {len(ranked)} prompts, {len(pairs)} pairs, {recipe.train.loss_type}, {seconds:.1f} s")
+
+
+@pytest.mark.timeout(1800)
+def test_a_recipe_runs_on_slurm_in_miniature(models: Path, tmp_path: Path, slurm_sandbox: Sandbox) -> None:
+    """In two shards, so that ranking overlaps with generation, on the nodes of a real Slurm."""
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from pathlib import Path\n"
+        "from miniature import miniature\n"
+        "from aipo_hpc.recipe import Recipe, load_recipe\n\n\n"
+        "def recipe() -> Recipe:\n"
+        f"    return miniature(load_recipe('sppo'), Path({str(models)!r}), Path({str(tmp_path / 'run')!r}))\n"
+    )
+    settings = ["cluster=slurm", "slurm.query_seconds=3", "poll_seconds=0.3", "generate.num_shards=2"]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **slurm_sandbox.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "aipo_hpc.launch", f"recipe={own}", *settings]
+    subprocess.run(command, env=environment, check=True, timeout=1500)
+    run = Run(tmp_path / "run")
+    graph = read_graph(run)
+    for name, job in graph.jobs.items():
+        assert len(run.job(name).done(graph.fingerprints[name])) == job.num_shards
+    assert graph.jobs["iter-00/train"].config.loss_type == "sppo_hard"
+    submitted = [event for event in run.read_journal() if event["event"] == "submitted"]
+    print(f"{len(submitted)} submissions for {len(graph.jobs)} jobs")
+    assert submitted
