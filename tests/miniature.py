@@ -3,6 +3,7 @@
 The policy's weights are random, but some of its tokens are whole lines of a judge, so that it can judge itself.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ def miniature_reward_model(folder: Path) -> Path:
     return folder
 
 
+def miniature_preferences(path: Path) -> Path:
+    """Preference data as UltraFeedback has it."""
+    rows = []
+    for number in range(PROMPTS):
+        question, texts = (
+            f"what does dog {number} see",
+            {"chosen": "one red fish", "rejected": "the moon " * (number + 1)},
+        )
+        asked = {"role": "user", "content": question}
+        answers = {name: [asked, {"role": "assistant", "content": text}] for name, text in texts.items()}
+        rows.append({"prompt_id": f"own-{number}", "prompt": question, **answers})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def miniature(recipe: Recipe, models: Path, run_dir: Path) -> Recipe:
     """The recipe with tiny models, few prompts, short answers and one core; what it is about stays."""
     demo = load_recipe("demo")
@@ -94,6 +110,10 @@ def miniature(recipe: Recipe, models: Path, run_dir: Path) -> Recipe:
         run_dir=str(run_dir),
         poll_seconds=0.05,
         data=replace(recipe.data, limit=PROMPTS, num_held_out=HELD_OUT),
+        preferences=replace(
+            recipe.preferences,
+            source=str(miniature_preferences(run_dir.with_suffix(".jsonl"))) if recipe.preferences.source else "",
+        ),
         instruct=replace(
             recipe.instruct,
             engine="transformers",

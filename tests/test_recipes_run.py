@@ -52,8 +52,10 @@ def test_a_recipe_runs_to_its_end_in_miniature(name: str, models: Path, tmp_path
     assert trained["settings"]["beta"] == recipe.train.beta
     pairs = list(read_rows([outputs(run, "iter-00/pairs")["pairs.parquet"]], Pair))
     assert pairs
-    ranked = list(read_rows([outputs(run, "iter-00/rank")["rows.parquet"]], Ranked))
-    assert max(len(row.candidates) for row in ranked) == recipe.generate.n
+    ranking = "preferences" if recipe.preferences.source else "rank"
+    ranked = list(read_rows([outputs(run, f"iter-00/{ranking}")["rows.parquet"]], Ranked))
+    wanted = 2 if recipe.preferences.source else recipe.generate.n
+    assert max(len(row.candidates) for row in ranked) == wanted
     template = outputs(run, "iter-00/train")["model/chat_template.jinja"].read_text()
     if recipe.chat_template is not None:
         assert template == read_template(recipe.chat_template)
