@@ -56,7 +56,7 @@ def test_the_wheel_holds_recipes_assets_and_scripts_and_nothing_that_is_not_for_
     for path in (path for folder in ("recipes", "sbatch") for path in (ROOT / folder).rglob("*") if path.is_file()):
         if "__pycache__" not in path.parts:
             assert f"aipo_hpc/{path.relative_to(ROOT).as_posix()}" in held
-    for path in (ROOT / "aipo_hpc").rglob("*.py"):
+    for path in [*(ROOT / "aipo_hpc").rglob("*.py"), *(ROOT / "aipo_hpc" / "templates").iterdir()]:
         assert path.relative_to(ROOT).as_posix() in held
     tops = {name.split("/")[0] for name in held}
     assert len(tops) == 2 and "aipo_hpc" in tops, tops
@@ -68,7 +68,8 @@ def test_the_wheel_tells_its_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = HeaderParser().parsestr(archive.read(path).decode())
-    assert set(metadata.get_all("Provides-Extra") or []) == {"gpu", "cpu", "llm-blender", "plots", "test"}
+    extras = {"gpu", "cpu", "instruct", "llm-blender", "plots", "qlora", "test"}
+    assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Requires-Python"] == ">=3.11"
     needs = {re.split(r"[^\w-]", str(need))[0] for need in metadata.get_all("Requires-Dist") or []}
     assert {
