@@ -10,8 +10,10 @@ from aipo_hpc.errors import ClusterError, RunError
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease, is_alive, read_owner, request_cancel
+from aipo_hpc.ledger import finished, pruned_models
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.record import check_job, read_graph
+from aipo_hpc.retention import complete, take_back, wanted_again
 from aipo_hpc.settings import from_plain
 from aipo_hpc.store import Run
 
@@ -110,18 +112,24 @@ def reset_job(run: Run, name: str) -> str:
     graph = read_graph(run)
     check_job(graph, name, run)
     names = graph.downstream(name)
-    num_lost, cost = price(run, graph, names)
+    done = complete(graph, {job: finished(run, graph, job) for job in graph.jobs}) - set(names)
+    again = [job for job in wanted_again(graph, done, pruned_models(run, graph)) if job not in names]
+    num_lost, cost = price(run, graph, [*again, *names])
     with Lease(run):
-        living = {each.job for each, _ in _living(run, graph, None) if each.job in names}
+        living = {each.job for each, _ in _living(run, graph, None) if each.job in (*again, *names)}
         if living:
             raise RunError(
-                f"{run.path}: shards of {', '.join(job for job in names if job in living)} still wait or run. "
+                f"{run.path}: shards of {', '.join(job for job in graph.jobs if job in living)} still wait or run. "
                 f"Stop them first: python -m aipo_hpc cancel {run.path}"
             )
         target = run.set_jobs_aside(names)
-        Journal(run).note("reset", jobs=names, moved_to=str(target))
+        journal = Journal(run)
+        journal.reset(names, moved_to=str(target))
+        take_back(run, graph, journal, again)
+    why = "their models were deleted (keep_models), and these jobs read them; what else was made with them stays"
     return (
         f"moved {len(names)} jobs ({num_lost} finished shards, {cost} to redo) to {target}:\n  "
         + "\n  ".join(names)
+        + (f"\nTo be computed again before that, because {why}:\n  " + "\n  ".join(again) if again else "")
         + "\nThe launch command computes them anew."
     )

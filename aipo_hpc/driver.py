@@ -24,6 +24,7 @@ from aipo_hpc.lease import Lease
 from aipo_hpc.manifest import Manifests
 from aipo_hpc.pace import Pace, doomed
 from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
+from aipo_hpc.retention import Retention
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
 
@@ -48,6 +49,7 @@ class Driver:
         lease: Lease,
         tell: Tell,
         show: Show,
+        keep_models: int | None = None,
     ) -> None:
         self._run = run
         self._run_id = run_id
@@ -65,6 +67,7 @@ class Driver:
         self._over_since: dict[Element, float] = {}
         self._inspector = Inspector(run, graph)
         self._manifests = Manifests(run, graph)
+        self._retention = Retention(run, graph, journal, tell, keep_models)
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
@@ -104,7 +107,7 @@ class Driver:
         """One look, one decision, and its execution. Raises RunFailed if another driver has taken over."""
         view = self.look()
         self._check_lease()
-        if self._retract_damaged(view) or self._is_work_here(view):
+        if self._retract_damaged(view) or self._retention.restore(view.done) or self._is_work_here(view):
             run_here(self._run, self._graph, self._journal, self._tell)
             view = self.look()
         self._manifests.update(view.done)
@@ -118,6 +121,7 @@ class Driver:
         for submit in decision.submit:
             if not self._submit(submit):
                 break
+        self._retention.apply(view.done)
         self._show(decision, view)
         return decision
 

@@ -5,6 +5,7 @@ leaves a submission without an id, which its successor looks up by name instead 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class Journal:
         elif kind == "refused":
             self.submissions.pop(str(event["name"]), None)
         elif kind == "reset":
-            self.submissions = {name: each for name, each in self.submissions.items() if each.job not in event["jobs"]}
+            self._forget(event["jobs"])
 
     def launch(self, **fields: object) -> int:
         """Note that a driver begins; returns its fencing number, higher than any before."""
@@ -90,6 +91,14 @@ class Journal:
         """Note that the scheduler did not take it."""
         self._run.append_journal("refused", name=submission.name, message=message)
         del self.submissions[submission.name]
+
+    def reset(self, jobs: Sequence[str], **fields: object) -> None:
+        """Note that these jobs are to be computed anew: what was sent of them is forgotten."""
+        self._run.append_journal("reset", jobs=list(jobs), **fields)
+        self._forget(jobs)
+
+    def _forget(self, jobs: Sequence[str]) -> None:
+        self.submissions = {name: each for name, each in self.submissions.items() if each.job not in jobs}
 
     def note(self, event: str, **fields: object) -> None:
         """Note anything else that was decided."""

@@ -77,7 +77,7 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
         if cluster is None:
             screen.tell(f"prepared {run.path}; nothing was submitted")
             return run
-        driver = Driver(run, run_id, graph, cluster, journal, lease, screen.tell, screen.show)
+        driver = Driver(run, run_id, graph, cluster, journal, lease, screen.tell, screen.show, recipe.keep_models)
         with screen:
             if recipe.drive == "once":
                 if not driver.tick().finished:
@@ -106,7 +106,9 @@ def step(run_dir: Path, own_id: str | None) -> None:
     with Lease(run, patience=1.5 * EXPIRES_SECONDS) as lease:
         journal = Journal(run)
         journal.step()
-        driver = Driver(run, written["run_id"], graph, cluster, journal, lease, screen.tell, screen.show)
+        driver = Driver(
+            run, written["run_id"], graph, cluster, journal, lease, screen.tell, screen.show, recipe.keep_models
+        )
         steps = make_steps(recipe, cluster, written["run_id"])
         if not Chain(run, recipe, steps, driver, journal, screen.tell, own_id).advance():
             return

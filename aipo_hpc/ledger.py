@@ -23,6 +23,15 @@ def counts(run: Run, graph: Graph, name: str) -> Mapping[str, float]:
     return total
 
 
+def pruned_models(run: Run, graph: Graph) -> set[str]:
+    """The jobs whose models were made and deleted since."""
+    return {
+        name
+        for name, job in graph.jobs.items()
+        if job.stage == "train" and any(map(run.job(name).pruned, finished(run, graph, name).values()))
+    }
+
+
 def num_gpus(sentinel: Sentinel, resources: Resources | None) -> int:
     """GPUs of a shard's task, on all of its nodes."""
     nodes = sentinel.num_processes // (resources.tasks_per_node if resources is not None else 1)

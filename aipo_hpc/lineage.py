@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aipo_hpc.graph import Edge, Graph
-from aipo_hpc.ledger import finished
+from aipo_hpc.ledger import finished, pruned_models
 from aipo_hpc.manifest import model_entry, revision, stage_entry
 from aipo_hpc.outside import Outside
 from aipo_hpc.store import Run
@@ -39,7 +39,8 @@ def _job(run: Run, graph: Graph, name: str, title: str, depth: int, seen: dict[s
     entry = seen[name] = stage_entry(run, graph, graph.jobs[name])
     yield _line(depth, f"{title}{name}: {_summary(entry)}")
     if (model := model_entry(run, graph, name)) is not None:
-        yield _line(depth, f"  model {model['path']}, weights sha256 {model['sha256']}")
+        gone = " (deleted since: keep_models)" if name in pruned_models(run, graph) else ""
+        yield _line(depth, f"  model {model['path']}{gone}, weights sha256 {model['sha256']}")
     for role, source in graph.jobs[name].inputs.items():
         if isinstance(source, Outside):
             yield _line(depth + 1, f"{role} = {_outside(source)}")

@@ -11,16 +11,21 @@ from aipo_hpc.drift import drifts
 from aipo_hpc.failures import standings
 from aipo_hpc.graph import Edge, Graph, Job
 from aipo_hpc.journal import Journal
+from aipo_hpc.ledger import pruned_models
 from aipo_hpc.resources import Resources
+from aipo_hpc.retention import complete, wanted_again
 from aipo_hpc.store import Run
 
 
 def plan_table(graph: Graph, run: Run) -> Table:
     """One row per job."""
     changed = drifts(run, graph)
+    pruned = pruned_models(run, graph)
+    all_done = {name: run.job(name).done(graph.fingerprints[name]) for name in graph.jobs}
+    again = wanted_again(graph, complete(graph, all_done), pruned)
     table = Table("job", "shards", "done", "resources of a shard", "inputs", "what would happen, and why", box=None)
     for job in graph.jobs.values():
-        done = set(run.job(job.name).done(graph.fingerprints[job.name]))
+        done = set(all_done[job.name]) if job.name not in again else set()
         table.add_row(
             job.name,
             str(job.num_shards),
@@ -29,7 +34,9 @@ def plan_table(graph: Graph, run: Run) -> Table:
             ", ".join(
                 f"{edge.job} ({'shard by shard' if edge.by == 'shard' else 'all'})" for edge in job.edges.values()
             ),
-            _outlook(job, done, graph, run, changed.get(job.name, [])),
+            _outlook(job, done, graph, run, changed.get(job.name, []))
+            + ("; its model was deleted (keep_models)" if job.name in pruned else "")
+            + (" and is needed again" if job.name in again else ""),
         )
     return table
 

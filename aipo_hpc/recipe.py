@@ -110,6 +110,9 @@ class Recipe:
     drive: Literal["follow", "chain", "once", "prepare"] = tuning("follow")
     """follow: until the run ends; chain: by small Slurm jobs, each of which submits the next, so that no process stays; once:
     one look, for cron; prepare: write the run directory, submit nothing."""
+    keep_models: int | None = tuning(None)
+    """How many of the last trained models to keep, beside the best by win rate (None: all). Older ones are deleted when
+    nothing reads them any more; rows and pairs stay."""
     poll_seconds: float = tuning(2.0)
     """Time between two looks at the run's files, in seconds."""
     payload_timeout: float = tuning(120.0)
@@ -177,6 +180,7 @@ def validate(recipe: Recipe) -> None:
         ),
     ]
     positive = {
+        "keep_models": recipe.keep_models,
         "generate.num_shards": recipe.generate.num_shards,
         "generate.n": recipe.generate.n,
         "generate.num_prompts": recipe.generate.num_prompts,

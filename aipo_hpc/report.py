@@ -9,6 +9,7 @@ from aipo_hpc.graph import Graph
 from aipo_hpc.ledger import counts, effort, finished
 from aipo_hpc.lineage import chain, newest_model
 from aipo_hpc.manifest import write_manifest
+from aipo_hpc.retention import win_rates
 from aipo_hpc.store import Run
 from aipo_hpc.terminal import print_table
 
@@ -23,6 +24,8 @@ def print_report(run: Run, graph: Graph) -> None:
             print(f"{name}: {number:g} prompts set aside because they killed their workers; their rows tell which")
     model = final_model(run, graph)
     print(f"final model: {model}" if model else "no model is finished yet")
+    if (best := best_model(run, graph)) is not None and best[0] != model:
+        print(f"best model by win rate ({100 * best[1]:.1f} %): {best[0]}")
 
 
 def print_lineage(run: Run, graph: Graph) -> None:
@@ -118,11 +121,26 @@ def times_table(run: Run, graph: Graph) -> Table:
 
 
 def final_model(run: Run, graph: Graph) -> str | None:
-    """Folder of the newest finished model."""
-    for iteration in reversed(iterations(graph)):
-        name = f"iter-{iteration:02d}/train"
-        for sentinel in finished(run, graph, name).values():
-            configs = [path for path in run.job(name).files(sentinel) if path.name == "config.json"]
+    """Folder of the newest finished model that is kept."""
+    kept = [folder for name in graph.jobs if (folder := kept_model(run, graph, name)) is not None]
+    return kept[-1] if kept else None
+
+
+def best_model(run: Run, graph: Graph) -> tuple[str, float] | None:
+    """Folder and win rate of the best evaluated model that is kept."""
+    rated = [(rate, kept_model(run, graph, name)) for name, rate in win_rates(run, graph).items()]
+    kept = [(folder, rate) for rate, folder in rated if folder is not None]
+    return max(reversed(kept), key=lambda each: each[1], default=None)
+
+
+def kept_model(run: Run, graph: Graph, name: str) -> str | None:
+    """Folder of the model that a job trained; None if it trained none, or none that is kept."""
+    if graph.jobs[name].stage != "train":
+        return None
+    folder = run.job(name)
+    for sentinel in finished(run, graph, name).values():
+        configs = [path for path in folder.files(sentinel) if path.name == "config.json"]
+        if configs and not folder.pruned(sentinel):
             return str(configs[0].parent)
     return None
 

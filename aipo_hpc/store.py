@@ -6,12 +6,13 @@
       driver.lease/               who drives the run: owner.json, renewed while the driver lives
       chain/                      envelopes and output of the steps of drive=chain
       policy-<digest>/            the initial policy with the recipe's chat template: links to its files
-      set-aside/                  what `reset` and corrupt files were moved to; nothing is ever deleted
+      set-aside/                  what `reset` and corrupt files were moved to; nothing in it is ever deleted
       iter-00/
         generate/
           job.json                settings, inputs, fingerprint, number of shards: all that a worker needs
           shards/00003/<attempt>/ payload of one attempt at shard 3; nobody else writes there
           done/00003.json         THE SENTINEL: shard 3 is done
+          done/00003.pruned       ... and part of its payload is no longer kept: which, and of which sentinel
           failed/00003.2.json     shard 3's second failure: class, message, end of the traceback, node, log
           logs/                   submitit's envelopes and the output of each task
         rank/  pairs/  reference/  train/  answers/  evaluate/
@@ -59,6 +60,7 @@ _CHAIN = "chain"
 MANIFEST = "manifest.json"
 REPORT = "report"
 _JOB = "job.json"
+_PRUNED = ".pruned"
 _SHARDS, _DONE, _FAILED, _LOGS = "shards", "done", "failed", "logs"
 
 
@@ -72,6 +74,8 @@ class JobFolder:
         self._sentinels: dict[str, Sentinel] = {}
         self._doubted: dict[str, tuple[object, ...]] = {}
         self._failures: dict[str, Failure] = {}
+        self._noted: frozenset[str] = frozenset()
+        self._pruned: dict[str, str] = {}
         self.reports: list[str] = []
         """What was found wrong with files, to be told once."""
 
@@ -104,7 +108,7 @@ class JobFolder:
         With ``only``, a look at those shards alone: a task needs few of the many that its job may have.
         """
         found: dict[int, Sentinel] = {}
-        for name in list_names(self.path / _DONE):
+        for name in self._list_done():
             digits = name.removesuffix(".json")
             if not digits.isdecimal() or (only is not None and int(digits) not in only):
                 continue
@@ -114,6 +118,11 @@ class JobFolder:
             if sentinel is not None:
                 found[int(digits)] = sentinel
         return found
+
+    def _list_done(self) -> list[str]:
+        names = list_names(self.path / _DONE)
+        self._noted = frozenset(name for name in names if name.endswith(_PRUNED))
+        return names
 
     def _look_at(self, name: str, fingerprint: str) -> Sentinel | None:
         """A sentinel that is not known yet, or was doubted: another attempt may have put a good one in its place."""
@@ -176,6 +185,7 @@ class JobFolder:
         """Move a sentinel whose payload turned out to be missing or altered out of the way; the shard is not done."""
         name = f"{shard:05d}.json"
         self._set_aside(self.path / _DONE / name)
+        self._set_aside(self._note(shard))
         self._sentinels.pop(name, None)
 
     def _set_aside(self, path: Path) -> None:
@@ -233,6 +243,13 @@ class JobFolder:
                 seen = wrong_with(path, output)
                 if seen is None:
                     break
+                self._list_done()
+                if self.pruned(sentinel) == part:
+                    raise InputNotVisible(
+                        f"{path}: was deleted when nobody needed it any more (keep_models), and is needed again. "
+                        "Type the launch command again: it has it computed anew.",
+                        (Blame(self.name, sentinel.shard, sentinel.digest),),
+                    )
                 now = time.monotonic()
                 if now > deadline:
                     raise InputNotVisible(
@@ -246,12 +263,44 @@ class JobFolder:
         return tuple(found)
 
     def damage(self, sentinel: Sentinel) -> str | None:
-        """What is wrong with the payload of a finished shard, as this node sees it now; None if it is whole."""
+        """What is wrong with the payload of a finished shard, as this node sees it now; None if it is whole.
+
+        What was pruned is not missed.
+        """
         folder = self.attempt_folder(sentinel.shard, sentinel.attempt)
+        pruned = self.pruned(sentinel)
         for output in sentinel.outputs:
+            if pruned and output.path.startswith(pruned):
+                continue
             if (seen := wrong_with(folder / output.path, output)) is not None:
                 return f"{folder / output.path} is {seen}"
         return None
+
+    def prune(self, sentinel: Sentinel, part: str) -> None:
+        """Note durably that a folder/ of a finished shard's payload is no longer kept, then delete it.
+
+        A crash in between leaves files that nobody misses or reads; the next call deletes them. With it go the folders
+        of other attempts at the shard, which hold checkpoints and models too.
+        """
+        if self.pruned(sentinel) != part:
+            write_durably(self._note(sentinel.shard), json.dumps({"digest": sentinel.digest, "part": part}) + "\n")
+            self._list_done()
+        kept = self.attempt_folder(sentinel.shard, sentinel.attempt)
+        for name in list_names(kept.parent):
+            shutil.rmtree(kept.parent / name if name != kept.name else kept / part, ignore_errors=True)
+
+    def pruned(self, sentinel: Sentinel) -> str:
+        """The folder/ of a finished shard's payload that is no longer kept; empty if all of it is."""
+        if self._note(sentinel.shard).name not in self._noted:
+            return ""
+        if sentinel.digest not in self._pruned:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                note = json.loads(self._note(sentinel.shard).read_text(encoding="utf-8"))
+                self._pruned[str(note["digest"])] = str(note["part"])
+        return self._pruned.get(sentinel.digest, "")
+
+    def _note(self, shard: int) -> Path:
+        return self.path / _DONE / f"{shard:05d}{_PRUNED}"
 
     def forget(self, shard: int) -> Sentinel | None:
         """Read a shard's sentinel anew at the next look; returns what was remembered of it."""

@@ -60,6 +60,7 @@ def job_table(graph: Graph, run: Run, alive: Mapping[str, Mapping[int, bool]]) -
     table = Table("job", "shards", "done", "running", "waiting", "failed attempts", "rows", "seconds", box=None)
     for name, job in graph.jobs.items():
         done = run.job(name).done(graph.fingerprints[name])
+        pruned = any(map(run.job(name).pruned, done.values()))
         living = alive.get(name, {})
         running = sum(living.values())
         missing = set(range(job.num_shards)) - set(done) - set(living)
@@ -67,7 +68,7 @@ def job_table(graph: Graph, run: Run, alive: Mapping[str, Mapping[int, bool]]) -
         table.add_row(
             name,
             str(job.num_shards),
-            str(len(done)),
+            f"{len(done)}{' (model deleted)' if pruned else ''}",
             str(running or ""),
             " ".join(filter(None, (str(len(living) - running or ""), next_retry(job, run, missing)))),
             str(failed or ""),

@@ -254,7 +254,7 @@ class Driven:
 
 
 @contextmanager
-def driven(run: Run, graph: Graph, cluster: Cluster) -> Iterator[Driven]:
+def driven(run: Run, graph: Graph, cluster: Cluster, keep_models: int | None = None) -> Iterator[Driven]:
     """A driver at work on a run, as a launch starts it."""
     with Lease(run) as lease:
         kept = Journal(run)
@@ -270,6 +270,7 @@ def driven(run: Run, graph: Graph, cluster: Cluster) -> Iterator[Driven]:
             lease,
             lines.append,
             lambda *seen: views.append(seen),  # type: ignore[arg-type]
+            keep_models,
         )
         yield Driven(made, kept, lines, views)
 
