@@ -67,9 +67,9 @@ class Seen:
             return Match(self._groups[same], exact=True)
         if self._index is None:
             return None
-        pieces = _pieces(wanted)
+        own = pieces(wanted)
         for number in sorted(self._index.query(_sketches([wanted])[0])):
-            if overlap(pieces, _pieces(self._texts[number])) >= self._threshold:
+            if overlap(own, pieces(self._texts[number])) >= self._threshold:
                 return Match(self._groups[number], exact=False)
         return None
 
@@ -85,15 +85,16 @@ def overlap(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def _pieces(text: str) -> set[str]:
+def pieces(text: str) -> set[str]:
+    """What texts are compared by; a short text is its only piece."""
     return {text[start : start + _PIECE] for start in range(max(1, len(text) - _PIECE + 1))}
 
 
 def _sketches(texts: Sequence[str]) -> list["MinHash"]:
     from datasketch import MinHash
 
-    pieces = [[piece.encode("utf-8", "surrogatepass") for piece in _pieces(text)] for text in texts]
+    encoded = [[piece.encode("utf-8", "surrogatepass") for piece in pieces(text)] for text in texts]
     sketches: list[MinHash] = MinHash.bulk(
-        pieces, num_perm=_PERMUTATIONS, seed=1, hashfunc=zlib.crc32, scheme="affine32"
+        encoded, num_perm=_PERMUTATIONS, seed=1, hashfunc=zlib.crc32, scheme="affine32"
     )
     return sketches

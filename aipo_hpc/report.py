@@ -1,5 +1,6 @@
 """What a run achieved: one row per policy, read from the sentinels and metrics of its jobs."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ from aipo_hpc.terminal import print_table
 
 def print_report(run: Run, graph: Graph) -> None:
     """Print the tables of results, pairs and times, and where the final model lies."""
-    for table in (results_table(run, graph), pairs_table(run, graph), times_table(run, graph)):
-        print_table(table)
-        print()
+    made = new_prompts_table(run, graph)
+    for table in (results_table(run, graph), made, pairs_table(run, graph), times_table(run, graph)):
+        if table is not made or made.row_count:
+            print_table(table)
+            print()
     for name in graph.jobs:
         if number := counts(run, graph, name).get("set_aside"):
             print(f"{name}: {number:g} prompts set aside because they killed their workers; their rows tell which")
@@ -79,6 +82,28 @@ def results_table(run: Run, graph: Graph) -> Table:
             f"{_number(training, 'loss_first', '{:.4f}')} -> {_number(training, 'loss_last', '{:.4f}')}",
         )
     table.caption = "win rate by the recipe's ranker, ties count half, ± one standard error over prompts"
+    return table
+
+
+def new_prompts_table(run: Run, graph: Graph) -> Table:
+    """Per iteration with self-instruct: calls and the tasks they brought, prompts made of them, tasks dropped by reason."""
+    table = Table(
+        "iteration", "calls", "tasks", "new prompts", "dropped by reason", title="New prompts", title_justify="left"
+    )
+    for iteration in iterations(graph):
+        made, collected = (counts(run, graph, f"iter-{iteration:02d}/{name}") for name in ("instruct", "collect"))
+        if not made:
+            continue
+        dropped: Counter[str] = Counter()
+        for part in (made, collected):
+            dropped.update({key.removeprefix("dropped_"): int(part[key]) for key in part if key.startswith("dropped_")})
+        table.add_row(
+            f"{iteration + 1} (iter-{iteration:02d})",
+            f"{made['calls']:g}",
+            f"{made['tasks']:g}",
+            f"{collected.get('kept', 0):g}",
+            ", ".join(f"{reason} {number:g}" for reason, number in dropped.most_common()) or "none",
+        )
     return table
 
 

@@ -2,13 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from aipo_hpc import leaving
 from aipo_hpc.chat import load_tokenizer
 from aipo_hpc.engines import Completion, Request
 from aipo_hpc.errors import DataError
@@ -87,10 +88,9 @@ class FakeEngine:
         self._say = say
         self._die_after = die_after
 
-    def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
-        self.batches += [
-            [each.prompt_id for [each] in requests[start : start + 3]] for start in range(0, len(requests), 3)
-        ]
+    def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        requests = list(requests)
+        self.batches.append([each.prompt_id for [each] in requests])
         for [request] in reversed(requests):
             if self._die_after is not None and len(self.asked) >= self._die_after:
                 raise KeyboardInterrupt
@@ -157,6 +157,41 @@ def test_a_killed_shard_continues_and_gives_the_same_bytes(
         assert len(engine.asked) <= 12
         starts = {int(batch[0].rsplit("-", 1)[1]) % 3 for batch in engine.batches}
         assert starts <= {0} and all(len(batch) == 3 for batch in engine.batches), "batches keep their composition"
+
+
+@pytest.mark.parametrize("engine_name", ["transformers", "vllm"])
+def test_a_shard_that_is_asked_to_leave_does_so_between_calls_and_continues_to_the_same_bytes(
+    engine_name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, engine=engine_name)
+    use(monkeypatch, FakeEngine())
+    whole = task(tmp_path / "whole", tiny_model)
+    expected = files(whole, run(config, whole))
+
+    def say(request: Request) -> str:
+        monkeypatch.setattr(leaving, "_asked", leaving.STOP)
+        return tasks_by_seed(request)
+
+    first = task(tmp_path / "left", tiny_model, "a")
+    use(monkeypatch, FakeEngine(say))
+    with pytest.raises(leaving.Left, match="iter-00/instruct shard 0: asked to leave"):
+        run(config, first)
+    monkeypatch.setattr(leaving, "_asked", leaving.NOT_ASKED)
+    use(monkeypatch, FakeEngine())
+    second = task(tmp_path / "left", tiny_model, "b", (first.out,))
+    outcome = run(config, second)
+    assert files(second, outcome) == expected and outcome.counts["taken_over"] >= 3
+
+
+def test_a_refused_call_leaves_the_batches_of_the_others_as_they_are(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = itertools.cycle([5, 5, 400, 5, 5, 5, 5])
+    monkeypatch.setattr(instruct, "request_text", lambda seeds: "why " * next(lengths))
+    engine = use(monkeypatch, FakeEngine())
+    run(replace(CONFIG, max_prompt_tokens=300), task(tmp_path, tiny_model))
+    for batch in engine.batches:
+        assert len({int(name.rsplit("-", 1)[1]) // 3 for name in batch}) == 1
 
 
 def test_what_a_shard_makes_does_not_depend_on_how_many_calls_are_asked_for_at_once(
@@ -245,7 +280,7 @@ def test_a_call_that_the_engine_or_the_limit_refuses_is_counted_and_hurts_no_oth
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Refusing(FakeEngine):
-        def generate(self, requests: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+        def generate(self, requests: Iterable[Sequence[Request]]) -> Iterator[Completion]:
             for done in super().generate(requests):
                 refused = done.request.prompt_id.endswith("2")
                 yield Completion(done.request, "", "error", 0, "no room") if refused else done

@@ -13,8 +13,8 @@ from aipo_hpc.chat import load_tokenizer, response_ids
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.graph import build_graph
 from aipo_hpc.launch import launch
+from aipo_hpc.ledger import counts
 from aipo_hpc.recipe import Recipe, load_recipe, validate
-from aipo_hpc.report import counts
 from aipo_hpc.rows import Message, Prompt, Ranked, read_rows, write_rows
 from aipo_hpc.selection import choose
 from aipo_hpc.stages.preferences import PREFERENCES, PreferencesConfig, ranks, run

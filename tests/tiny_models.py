@@ -3,7 +3,10 @@
 Hidden size 128 with 4 heads gives a head dimension of 32, the smallest that every inference engine accepts on a CPU.
 """
 
+import random
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -79,3 +82,51 @@ def tiny_model_folder(folder: Path, *, seed: int = 0, layers: int = 2, adds_bos:
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     model.save_pretrained(folder)
     return folder
+
+
+def listing_model_folder(folder: Path) -> Path:
+    """Write a tiny model that goes on with numbered lists of tasks: what follows a token is drawn by the token alone.
+
+    Its one layer adds nothing, so all it learns is which token follows which, in seconds.
+    """
+    import torch
+
+    from aipo_hpc.instruct_filters import request_text
+
+    tiny_model_folder(folder, layers=1)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    draw = random.Random(0)
+    lists = [request_text([task(draw) for _ in range(8)]).replace("\n9.", "") for _ in range(200)]
+    follows = torch.full((512, 512), 1e-4)
+    for text in lists:
+        ids = tokenizer(text)["input_ids"]
+        for before, after in pairwise(ids):
+            follows[before, after] += 1
+    follows /= follows.sum(1, keepdim=True)
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    parts = [model.model.embed_tokens.weight, model.lm_head.weight]
+    optimizer = torch.optim.Adam(parts, lr=0.02)
+    for _ in range(150):
+        logits = model.lm_head(model.model.norm(model.model.embed_tokens.weight))
+        loss = -(follows * logits.log_softmax(-1)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def task(draw: random.Random) -> str:
+    """A task of a few words."""
+    verb, thing = (
+        draw.choice(("Tell", "Write", "Explain", "Name", "List")),
+        draw.choice(("story", "reason", "question")),
+    )
+    colours, animals = ("red", "blue", "green", "small", "large"), ("dog", "cat", "bird", "fish", "tree", "river")
+    return f"{verb} one {thing} of the {draw.choice(colours)} {draw.choice(animals)} and the {draw.choice(animals)}."

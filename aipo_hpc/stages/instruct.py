@@ -16,9 +16,9 @@ Files: ``rows.parquet`` (Call rows, those that were judged), ``prompts.parquet``
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, ClassVar
 
 from aipo_hpc import leaving
@@ -145,6 +145,7 @@ class Calls:
         self._tokenizer = tokenizer
         self._pool = pool
         self._engine: Engine | None = None
+        self._where = f"{task.job} shard {task.shard}"
 
     def name(self, call: int) -> str:
         """The id of a call."""
@@ -159,21 +160,26 @@ class Calls:
         size = prompts_per_batch(self._config)
         refused: list[Call] = []
         asked: dict[str, Call] = {}
-        requests: list[list[Request]] = []
+        batches: list[list[Request]] = []
         for start in range(call // size * size, min(self.most, call + number), size):
             batch = range(start, min(self.most, start + size))
             if all(self.name(each) in progress or harvest.is_closed(self.cluster(each)) for each in batch):
                 continue
+            requests: list[Request] = []
             for each in batch:
                 row, request = self._ask(each)
                 if request is None:
                     refused.append(row)
                 else:
                     asked[row.call_id] = row
-                    requests.append([request])
-        for row in chain(refused, self._sample(asked, requests)):
+                    requests.append(request)
+            batches.append(requests)
+        if size == 1:
+            batches = [list(chain.from_iterable(batches))]
+        for row in chain(refused, self._sample(asked, batches, size)):
             if row.call_id not in progress:
                 progress.append(row)
+        leaving.here(self._where)
 
     def _ask(self, call: int) -> tuple[Call, Request | None]:
         """The row of a call before it is made, and its request; none where the row says why it cannot be made."""
@@ -188,19 +194,21 @@ class Calls:
         stop = stop_text(len(seeds.prompts), config.tasks_per_call)
         return row, Request(row.call_id, 0, tuple(ids), derived_seed("call", *identity), (stop,))
 
-    def _sample(self, asked: Mapping[str, Call], requests: Sequence[Sequence[Request]]) -> Iterator[Call]:
-        if not requests:
-            return
-        if self._engine is None:
-            self._engine = load_engine(self._config, self._task.inputs["policy"].model)
-        for done in self._engine.generate(requests):
-            yield replace(
-                asked[done.request.prompt_id],
-                text=done.text,
-                finish_reason=done.finish_reason,
-                num_tokens=done.num_tokens,
-                error=done.error,
-            )
+    def _sample(self, asked: Mapping[str, Call], batches: Iterable[Sequence[Request]], size: int) -> Iterator[Call]:
+        """Sample batch by batch; where the engine batches by itself (``size`` 1), a wish to leave is heard in between."""
+        for batch in filter(None, batches):
+            leaving.here(self._where)
+            if self._engine is None:
+                self._engine = load_engine(self._config, self._task.inputs["policy"].model)
+            stay = takewhile(lambda request: size > 1 or leaving.asked() != leaving.STOP, batch)
+            for done in self._engine.generate([request] for request in stay):
+                yield replace(
+                    asked[done.request.prompt_id],
+                    text=done.text,
+                    finish_reason=done.finish_reason,
+                    num_tokens=done.num_tokens,
+                    error=done.error,
+                )
 
 
 def share(config: InstructConfig, task: Task) -> int:
