@@ -1,4 +1,4 @@
-"""Look at runs and steer them: ``python -m aipo_hpc plan|status|logs|report|cancel|reset|work``."""
+"""Look at runs and steer them: ``python -m aipo_hpc plan|doctor|status|logs|report|cancel|reset|work``."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -14,6 +14,9 @@ from aipo_hpc.errors import AipoError, ClusterError, UserError
 from aipo_hpc.graph import build_graph
 from aipo_hpc.record import check_job, check_shard, read_graph
 from aipo_hpc.store import Run
+
+if TYPE_CHECKING:
+    from aipo_hpc.recipe import Recipe
 
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="a run directory, e.g. runs/demo")]
 
@@ -25,7 +28,7 @@ def plan(arguments: Sequence[str]) -> None:
     from aipo_hpc.recipe import validate
     from aipo_hpc.terminal import print_table
 
-    if len(arguments) == 1 and "=" not in arguments[0] and not arguments[0].startswith("-"):
+    if _is_run(arguments):
         run = Run(Path(arguments[0]))
         graph = read_graph(run)
     else:
@@ -34,6 +37,34 @@ def plan(arguments: Sequence[str]) -> None:
         run, graph = Run(recipe.folder()), build_graph(recipe)
     print_table(plan_table(graph, run))
     print(f"\nrun directory: {run.path}{'' if run.exists() else ' (not there yet)'}; nothing was submitted")
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Check what a run directory or a recipe needs of this machine: Slurm, the folder, packages, models; 1 for a problem."""
+    from aipo_hpc.doctor import examine, findings_table
+    from aipo_hpc.terminal import print_table
+
+    findings = examine(*_recipe_of(arguments, "doctor"))
+    print_table(findings_table(findings))
+    return int(any(finding.state == "problem" for finding in findings))
+
+
+def _is_run(arguments: Sequence[str]) -> bool:
+    """Whether a command line names a run directory, not a recipe."""
+    return len(arguments) == 1 and "=" not in arguments[0] and not arguments[0].startswith("-")
+
+
+def _recipe_of(arguments: Sequence[str], command: str) -> "tuple[Recipe, Path]":
+    """The recipe of a run directory, or the one that is named, and the run's folder."""
+    from aipo_hpc.arguments import parse_recipe
+    from aipo_hpc.recipe import Recipe
+    from aipo_hpc.settings import from_plain
+
+    if _is_run(arguments):
+        run = Run(Path(arguments[0]))
+        return from_plain(Recipe, run.read_recipe()["settings"]), run.path
+    recipe = parse_recipe(arguments, f"python -m aipo_hpc {command}")
+    return recipe, Run(recipe.folder()).path
 
 
 def status(run: Folder) -> None:
@@ -177,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] == "plan":
             plan(given[1:])
+        elif given and given[0] == "doctor":
+            return doctor(given[1:])
         elif given and given[0] == "launch":
             from aipo_hpc import launch
 
@@ -187,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given in ([], ["--help"], ["-h"]):
             print_usage()
         else:
-            close = get_close_matches(given[0], ["launch", "plan", *COMMANDS], n=1)
+            close = get_close_matches(given[0], ["launch", "plan", "doctor", *COMMANDS], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             print(f"{given[0]!r} is not a command.{hint}", file=sys.stderr)
             print_usage()
@@ -201,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_usage() -> None:
     """One line per command."""
     print("usage: python -m aipo_hpc COMMAND ...\n")
-    commands = {"launch": None, "plan": plan, **COMMANDS}
+    commands = {"launch": None, "plan": plan, "doctor": doctor, **COMMANDS}
     for name, command in commands.items():
         what = "Start a run, or resume it: recipe=NAME [field=value ...]" if command is None else command.__doc__ or ""
         print(f"  {name:7} {what.splitlines()[0]}")

@@ -27,6 +27,11 @@ def make_private(path: Path) -> None:
         if error.errno == errno.EROFS:
             raise _unwritable(path, error) from error
         raise
+    refuse_others(path)
+
+
+def refuse_others(path: Path) -> None:
+    """Raise RunError for a folder that belongs to somebody else, or that others may write to."""
     state = path.stat()
     if state.st_uid != os.getuid():
         raise RunError(
