@@ -94,8 +94,10 @@ def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str], list[tuple[s
 def field_kinds(settings: Any, prefix: str = "") -> Mapping[str, Any]:
     """Types of all fields by their dotted names, nested settings included; lists of settings are for recipe files."""
     kinds: dict[str, Any] = {}
-    hints = typing.get_type_hints(settings)
+    hints, annotations = typing.get_type_hints(settings), typing.get_type_hints(settings, include_extras=True)
     for name in (field.name for field in dataclasses.fields(settings)):
+        if tyro.conf.Suppress in getattr(annotations[name], "__metadata__", ()):
+            continue
         kind, path = hints[name], _canonical(f"{prefix}{name}")
         if any(map(dataclasses.is_dataclass, typing.get_args(kind))):
             continue

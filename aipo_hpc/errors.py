@@ -6,7 +6,8 @@
     │   ├── DataError          a prompt source, dataset or model folder that cannot be used
     │   ├── GraphError         a job graph that does not hold together
     │   ├── DriftError         a relaunch whose settings differ from what was already computed
-    │   └── RunError           a run directory that cannot be used: another recipe's, unwritable, driven by someone else
+    │   ├── RunError           a run directory that cannot be used: another recipe's, unwritable, driven by someone else
+    │   └── GuardStop          a sign of drift beyond the threshold that stops the run
     ├── ClusterError           the scheduler said no, or did not answer
     │   ├── SubmitRefused      ... and it will say no again: a mistyped partition, a limit of one job
     │   └── NoRoom             ... because too much is waiting or running already: fewer, or later
@@ -49,6 +50,10 @@ class DriftError(UserError):
 
 class RunError(UserError):
     """A run directory that cannot be used."""
+
+
+class GuardStop(UserError):
+    """A value of the guard is beyond the threshold at which the user wants the run to stop."""
 
 
 class ClusterError(AipoError):

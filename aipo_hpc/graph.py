@@ -13,6 +13,9 @@ With ``preferences.source``, the job ``preferences`` stands for ``generate ─�
 The policy of an iteration is the model that the iteration before it trained; it is also its reference, unless the recipe
 names another. With ``conversations.source``, ``conversations ── sft`` come first, and the initial policy is what they make.
 Each policy answers the benchmarks that are asked for: ``answers-NAME``, the initial one ``baseline-NAME``, ``answer_files``.
+
+With ``pairs.decontaminate`` and ``pairs.mix``, ``kept_out`` and ``mixed_0``, ... are read at the launch for every ``pairs``;
+with ``pairs.accumulate``, ``pairs`` also reads those of the iterations before.
 """
 
 import dataclasses
@@ -39,6 +42,7 @@ from aipo_hpc.stages import (
     evaluate,
     generate,
     instruct,
+    kept_out,
     pairs,
     preferences,
     prompts,
@@ -175,6 +179,14 @@ def build_graph(recipe: Recipe) -> Graph:
         jobs.append(Job(path, stage or name, iteration, num_shards, recipe.seed, config, inputs, resources))
         return path
 
+    def read_preferences(name: str, config: preferences.PreferencesConfig) -> str:
+        preferred: dict[str, Edge | Outside] = {
+            **source_inputs(config.source, config.revision),
+            "held_out": Edge(prompts_job, prompts.HELD_OUT),
+            "policy": policy_outside(recipe),
+        }
+        return add(0, name, dataclasses.replace(config, source=""), preferred, stage="preferences")
+
     prompts_job = add(0, "prompts", recipe.data, source_inputs(recipe.prompts, recipe.data.revision))
     if recipe.conversations.source:
         chats = source_inputs(recipe.conversations.source, recipe.conversations.revision)
@@ -209,13 +221,14 @@ def build_graph(recipe: Recipe) -> Graph:
     if (name := recipe.reference.model) not in ("previous", "initial"):
         held[name] = outside(name, recipe.reference.revision)
     if recipe.preferences.source:
-        preferred: dict[str, Edge | Outside] = {
-            **source_inputs(recipe.preferences.source, recipe.preferences.revision),
-            "held_out": Edge(prompts_job, prompts.HELD_OUT),
-            "policy": policy_outside(recipe),
-        }
-        preferences_job = add(0, "preferences", dataclasses.replace(recipe.preferences, source=""), preferred)
-        ranked = Edge(preferences_job, preferences.PREFERENCES)
+        ranked = Edge(read_preferences("preferences", recipe.preferences), preferences.PREFERENCES)
+    beside: dict[str, Edge | Outside] = {}
+    if recipe.pairs.decontaminate:
+        listed = add(0, "kept_out", kept_out.KeptOutConfig(), source_inputs(recipe.pairs.decontaminate, None))
+        beside[pairs.KEPT_OUT] = Edge(listed, kept_out.KEPT_OUT)
+    for number, mixed in enumerate(recipe.pairs.mix):
+        name = read_preferences(f"mixed_{number}", mixed.reading())
+        beside[f"{pairs.MIXED}{number}"] = Edge(name, preferences.PREFERENCES)
     policy: Edge | Outside = initial
     asked = Edge(prompts_job, prompts.TRAIN)
     made: dict[str, Edge | Outside] = {}
@@ -260,7 +273,10 @@ def build_graph(recipe: Recipe) -> Graph:
                 shards,
             )
             ranked = Edge(ranking_job, "rows.parquet")
-        paired = add(iteration, "pairs", recipe.pairs, {"ranked": ranked, "policy": policy})
+        pairing = pairs.as_known_to_its_job(recipe.pairs, iteration, recipe.guard)
+        for back in range(1, len(pairing.accumulate) + 1):
+            beside[f"{pairs.EARLIER}{back}"] = Edge(f"iter-{iteration - back:02d}/pairs", pairs.OWN_PAIRS)
+        paired = add(iteration, "pairs", pairing, {"ranked": ranked, "policy": policy, **beside})
         referenced = add(
             iteration,
             "reference",
@@ -276,7 +292,7 @@ def build_graph(recipe: Recipe) -> Graph:
         trained = add(
             iteration,
             "train",
-            recipe.train,
+            dataclasses.replace(recipe.train, guard=recipe.guard),
             {"pairs": Edge(referenced, "rows.parquet"), "policy": policy},
         )
         policy = Edge(trained, "model/")

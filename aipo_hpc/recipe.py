@@ -20,10 +20,12 @@ from aipo_hpc.chat_templates import read_template
 from aipo_hpc.engines import DTYPES, check_engine
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.fine_tuning import gradient_accumulation_steps, refuse_missing_packages
+from aipo_hpc.guard import GuardConfig
 from aipo_hpc.instruct_settings import COUNTS, refuse_missing_libraries, unfit_settings
 from aipo_hpc.rankers.config import check_models, check_ranker
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import tuning
+from aipo_hpc.sources import parse_all
 from aipo_hpc.stages.clusters import ClustersConfig
 from aipo_hpc.stages.conversations import ConversationsConfig
 from aipo_hpc.stages.evaluate import EvaluateConfig, judging
@@ -99,6 +101,7 @@ class Recipe:
     generate: GenerateConfig = GenerateConfig()
     rank: RankConfig = RankConfig()
     pairs: PairsConfig = PairsConfig()
+    guard: GuardConfig = tuning(GuardConfig())
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -172,6 +175,18 @@ def validate(recipe: Recipe) -> None:
         ),
         (not 0 < recipe.generate.top_p <= 1, f"generate.top_p={recipe.generate.top_p}: must be in (0, 1]."),
         (recipe.generate.top_k < 0, f"generate.top_k={recipe.generate.top_k}: must be 0 (all tokens) or more."),
+        (
+            not all(dataset.source for dataset in recipe.pairs.mix),
+            "pairs.mix has a dataset without a source: give a dataset id or the path of a file.",
+        ),
+        (
+            any(source.part < 1 for source in parse_all(recipe.pairs.decontaminate or "none")),
+            f"pairs.decontaminate={recipe.pairs.decontaminate!r}: a part of a list of benchmark prompts is of no use.",
+        ),
+        (
+            not recipe.pairs.guard == recipe.train.guard == GuardConfig(),
+            "thresholds of the guard are set by the recipe's guard.*, for all stages at once.",
+        ),
         (recipe.data.num_held_out < 1, f"data.num_held_out={recipe.data.num_held_out}: must be at least 1."),
         (
             recipe.rank.num_shards not in (None, recipe.generate.num_shards),

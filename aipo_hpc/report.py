@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from aipo_hpc.graph import Graph
+from aipo_hpc.guard import ADVICE, check
 from aipo_hpc.ledger import counts, effort, finished
 from aipo_hpc.lineage import chain, newest_model
 from aipo_hpc.manifest import write_manifest
@@ -17,9 +18,9 @@ from aipo_hpc.terminal import print_table
 
 def print_report(run: Run, graph: Graph) -> None:
     """Print the tables of results, pairs and times, and where the final model lies."""
-    made = new_prompts_table(run, graph)
-    for table in (results_table(run, graph), made, pairs_table(run, graph), times_table(run, graph)):
-        if table is not made or made.row_count:
+    for make in (results_table, new_prompts_table, pairs_table, guard_table, times_table):
+        table = make(run, graph)
+        if make is not new_prompts_table or table.row_count:
             print_table(table)
             print()
     for name in graph.jobs:
@@ -110,7 +111,8 @@ def new_prompts_table(run: Run, graph: Graph) -> Table:
 def pairs_table(run: Run, graph: Graph) -> Table:
     """Per iteration: prompts, pairs kept, and pairs dropped by reason; what the ranker did not see."""
     table = Table(
-        "iteration", "prompts", "pairs kept", "dropped by reason", "candidates cut off", "candidates the ranker saw in part",
+        "iteration", "prompts", "pairs kept", "dropped by reason", "pairs added", "candidates cut off",
+        "candidates the ranker saw in part",
         title="Pairs", title_justify="left",
     )  # fmt: skip
     for iteration in iterations(graph):
@@ -125,9 +127,27 @@ def pairs_table(run: Run, graph: Graph) -> Table:
             f"{sum(dropped.values()) + pairs['kept']:g}",
             f"{pairs['kept']:g}",
             ", ".join(f"{reason} {number:g}" for reason, number in dropped.items()) or "none",
+            f"{pairs.get('added', 0):g}",
             f"{generated.get('truncated', 0):g} of {generated.get('candidates', 0):g}",
             f"{ranked.get('truncated_candidates', 0):g}",
         )
+    return table
+
+
+def guard_table(run: Run, graph: Graph) -> Table:
+    """Per iteration: the guard's values, with the threshold that one is beyond."""
+    table = Table("iteration", *(name.replace("_", " ") for name in ADVICE), title="Guard", title_justify="left")
+    for iteration in iterations(graph):
+        cells = dict.fromkeys(ADVICE, "")
+        for stage in ("pairs", "train"):
+            name = f"iter-{iteration:02d}/{stage}"
+            found = counts(run, graph, name)
+            values = {key: found[f"guard_{key}"] for key in ADVICE if f"guard_{key}" in found}
+            cells |= {key: f"{value:.3f}" for key, value in values.items()}
+            if values:
+                cells |= {each.name: str(each) for each in check(values, graph.jobs[name].config.guard)}
+        if any(cells.values()):
+            table.add_row(f"{iteration + 1} (iter-{iteration:02d})", *cells.values())
     return table
 
 

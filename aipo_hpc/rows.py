@@ -7,7 +7,8 @@ Call        instruct                         what one call of self-instruct show
 NewPrompt   instruct  -> collect             a prompt that the policy made
 Responses   generate  -> rank, evaluate      one row per prompt, n candidates
 Ranked      rank      -> pairs               Responses + a score and a rank per candidate
-Pair        pairs     -> reference           chosen and rejected text
+KeptOut     kept_out  -> pairs               a benchmark's prompt
+Pair        pairs     -> reference           chosen and rejected text; also to later pairs
 TrainRow    reference -> train               token ids + reference log-probabilities
 Verdict     evaluate  -> report              an answer against the initial policy's answer to the same prompt
 """
@@ -138,8 +139,16 @@ class Ranked:
 
 
 @dataclass(frozen=True)
+class KeptOut:
+    """A benchmark's prompt to keep out of training, and where it is from."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A preference pair."""
+    """A preference pair. ``source`` is ``own`` (made in this iteration), an earlier iteration, or the name of a dataset."""
 
     prompt_id: str
     prompt: str
@@ -148,6 +157,7 @@ class Pair:
     rejected: Candidate
     chosen_score: float
     rejected_score: float
+    source: str = "own"
 
 
 @dataclass(frozen=True)

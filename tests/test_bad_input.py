@@ -92,6 +92,9 @@ def good(number: int) -> dict[str, object]:
         ("generate.engine=transformer", ("generate.engine='transformer'", "Did you mean 'transformers'?")),
         ("rank.ranker=pair_rm", ("'pair_rm'", "did you mean 'pairrm'?", "known: pairrm")),
         ("evaluate.ranker=pair_rm", ("'pair_rm'", "did you mean 'pairrm'?")),
+        ("pairs.accumulate=1.5", ("pairs.accumulate=(1.5,)", "at most 1")),
+        ("guard.stop_tie_rate=0.1", ("guard.stop_tie_rate=0.1 comes before guard.warn_tie_rate=0.5",)),
+        ("pairs.guard.stop_tie_rate=0.9", ("--pairs.guard.stop_tie_rate", "--guard.stop_tie_rate {None}|FLOAT")),
         ("train.beta=0", ("train.beta=0.0 must be above 0",)),
         ("train.beta=-1", ("train.beta=-1.0 must be above 0",)),
         ("generate.n=1", ("generate.n=1", "best_worst needs at least 2 candidates")),
@@ -155,6 +158,32 @@ def test_a_dataset_that_cannot_be_had_is_refused_with_its_id(refused: Refused) -
 # -- models -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_list_of_benchmark_prompts_that_is_not_there_is_refused(refused: Refused, tmp_path: Path) -> None:
+    says(
+        refused(f"pairs.decontaminate={tmp_path / 'absent.jsonl'}"),
+        "DataError",
+        f"{tmp_path / 'absent.jsonl'}: no such",
+    )
+
+
+def test_a_preference_dataset_is_refused_at_the_launch_and_the_same_command_goes_on_once_it_is_mended(
+    refused: Refused, launched: Callable[..., Launched], tmp_path: Path
+) -> None:
+    pairs, mine = tmp_path / "pairs.jsonl", tmp_path / "mine.py"
+    mine.write_text(
+        "from dataclasses import replace\nfrom aipo_hpc.recipe import load_recipe\n"
+        "from aipo_hpc.stages.pairs import MixConfig\n"
+        "def recipe():\n    demo = load_recipe('demo')\n"
+        f"    mixed = (MixConfig(source={str(pairs)!r}, name='mine', ratio=0.5),)\n"
+        "    return replace(demo, pairs=replace(demo.pairs, mix=mixed))\n"
+    )
+    pairs.write_text('{"prompt": "why", "chosen": "because"}\n')
+    says(refused(f"recipe={mine}"), f"{pairs}, line 1: no column 'completions'", "rejected")
+    pairs.write_text('{"prompt": "why", "chosen": "because", "rejected": "no"}\n')
+    ended = launched(f"recipe={mine}", f"run_dir={tmp_path / 'run'}", "drive=prepare")
+    assert ended.code == 0 and "iter-00/mixed_0: reading" in ended.said
+
+
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
     """A copy of the demo's policy, to be spoilt."""
@@ -190,6 +219,14 @@ def test_a_model_without_a_tokenizer_is_refused(refused: Refused, policy: Path) 
     (policy / "chat_template.jinja").unlink()
     (policy / "tokenizer_config.json").unlink()
     says(refused(f"model_name_or_path={policy}"), str(policy), "tokenizer_config.json", "beside the model")
+
+
+@pytest.mark.parametrize("name", ["reward_model", "judge", "pairwise_judge"])
+def test_a_ranker_that_is_put_to_conversations_without_a_chat_template_is_refused(
+    name: str, refused: Refused, ranker: Path
+) -> None:
+    said = refused(f"rank.ranker={name}", f"rank.model_name_or_path={ranker}")
+    says(said, "DataError", str(ranker), "no chat template", "add chat_template.jinja")
 
 
 def test_a_damaged_configuration_is_refused(refused: Refused, policy: Path) -> None:

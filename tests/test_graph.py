@@ -12,11 +12,13 @@ from fakes import TouchConfig, chain, touch
 from aipo_hpc import graph as graph_module
 from aipo_hpc.errors import GraphError
 from aipo_hpc.graph import Edge, Graph, build_graph, make_graph
+from aipo_hpc.guard import GuardConfig
 from aipo_hpc.outside import Outside
 from aipo_hpc.rankers.config import MemberConfig
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.resources import Resources
 from aipo_hpc.stage_table import STAGES
+from aipo_hpc.stages.pairs import MixConfig
 
 
 @pytest.fixture
@@ -212,6 +214,7 @@ TUNING: dict[str, Callable[[Recipe], Recipe]] = {
     ),
     "batches of ranking": lambda r: replace(r, rank=replace(r.rank, tokens_per_batch=99)),
     "batches of the reference": lambda r: replace(r, reference=replace(r.reference, tokens_per_batch=99)),
+    "thresholds of the guard": lambda r: replace(r, guard=replace(r.guard, stop_tie_rate=0.9, warn_length_gap=None)),
     "number of iterations": lambda r: replace(r, iterations=5),
     "a whole number written as a float": lambda r: replace(r, generate=replace(r.generate, top_p=1)),
 }
@@ -348,3 +351,76 @@ def test_each_member_of_an_ensemble_is_an_input_and_in_the_fingerprint(small_rec
         assert other["iter-00/rank"] != before["iter-00/rank"]
     (tmp_path / "one").rename(tmp_path / "moved")
     assert ranking("moved") == before, "where a model lies is no content"
+
+
+# -- pairs from elsewhere --------------------------------------------------------------------------------------------
+
+
+def mixing(recipe: Recipe, folder: Path) -> Recipe:
+    """A recipe that reads two benchmarks and a dataset and accumulates over two iterations."""
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "prefs.jsonl"):
+        (folder / name).write_text(f'{{"prompt": "{name}", "chosen": "a", "rejected": "b"}}\n')
+    dataset = MixConfig(source=str(folder / "prefs.jsonl"), name="prefs", ratio=0.5)
+    chosen = replace(
+        recipe.pairs,
+        decontaminate=f"{folder / 'a.jsonl'} + {folder / 'b.jsonl'}",
+        accumulate=(0.5, 0.25),
+        mix=(dataset,),
+    )
+    return replace(recipe, pairs=chosen, iterations=4)
+
+
+def test_pairs_read_benchmarks_datasets_and_the_own_pairs_of_the_iterations_before(
+    demo: Recipe, tmp_path: Path
+) -> None:
+    graph = build_graph(mixing(demo, tmp_path / "data"))
+    assert list(graph.jobs["iter-00/kept_out"].inputs) == ["source", "source.01"]
+    assert list(graph.jobs["iter-00/mixed_0"].inputs) == ["source", "held_out", "policy"]
+    assert {graph.jobs[f"iter-00/{name}"].resources for name in ("kept_out", "mixed_0")} == {None}
+    found = [
+        {
+            name: edge[:2]
+            for name, edge in edges(graph, f"iter-{number:02d}/pairs").items()
+            if name.startswith("earlier")
+        }
+        for number in range(4)
+    ]
+    before = [(f"iter-{number:02d}/pairs", "own.parquet") for number in range(3)]
+    assert found == [
+        {},
+        {"earlier.1": before[0]},
+        {"earlier.1": before[1], "earlier.2": before[0]},
+        {"earlier.1": before[2], "earlier.2": before[1]},
+    ]
+    for number in range(4):
+        given = edges(graph, f"iter-{number:02d}/pairs")
+        assert given["kept_out"] == ("iter-00/kept_out", "kept_out.parquet", "all")
+        assert given["mixed.0"] == ("iter-00/mixed_0", "rows.parquet", "all")
+
+
+def test_where_benchmarks_and_datasets_lie_decides_nothing_and_what_they_hold_does(
+    demo: Recipe, tmp_path: Path
+) -> None:
+    here, there = mixing(demo, tmp_path / "here"), mixing(demo, tmp_path / "there")
+    assert build_graph(here).fingerprints == build_graph(there).fingerprints
+    assert build_graph(replace(here, iterations=2)).fingerprints.items() <= build_graph(here).fingerprints.items()
+    before = build_graph(here)
+    (tmp_path / "here" / "b.jsonl").write_text('{"prompt": "another"}\n')
+    after = build_graph(here).fingerprints
+    changed = {name for name in after if after[name] != before.fingerprints[name]}
+    assert changed == {"iter-00/kept_out", *before.downstream("iter-00/pairs")}
+
+
+def test_another_share_of_a_dataset_does_not_read_it_again(demo: Recipe, tmp_path: Path) -> None:
+    recipe = mixing(demo, tmp_path / "data")
+    more = replace(recipe.pairs, mix=(replace(recipe.pairs.mix[0], ratio=0.6, keep="keep_end"),))
+    before, after = build_graph(recipe).fingerprints, build_graph(replace(recipe, pairs=more)).fingerprints
+    assert before["iter-00/mixed_0"] == after["iter-00/mixed_0"]
+    assert before["iter-00/pairs"] != after["iter-00/pairs"]
+
+
+def test_the_thresholds_of_the_guard_reach_pairs_and_training(demo: Recipe) -> None:
+    graph = build_graph(replace(demo, guard=GuardConfig(stop_tie_rate=0.9)))
+    for job in ("iter-00/pairs", "iter-01/train"):
+        assert graph.jobs[job].config.guard.stop_tie_rate == 0.9

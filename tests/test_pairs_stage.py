@@ -9,13 +9,14 @@ import pytest
 from tiny_models import tiny_tokenizer_folder
 
 from aipo_hpc.chat import load_tokenizer, prompt_ids
-from aipo_hpc.errors import DataError
+from aipo_hpc.errors import DataError, GuardStop
 from aipo_hpc.filters import unfit
-from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Pair, Ranked, read_rows, write_rows
+from aipo_hpc.guard import GuardConfig
+from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, KeptOut, Message, Pair, Ranked, read_rows, write_rows
 from aipo_hpc.selection import choose
 from aipo_hpc.settings import content
 from aipo_hpc.stages import pairs
-from aipo_hpc.stages.pairs import Dropped, PairsConfig
+from aipo_hpc.stages.pairs import Dropped, MixConfig, PairsConfig
 from aipo_hpc.task import Input, Task
 
 
@@ -42,17 +43,26 @@ def pair(chosen: Candidate, rejected: Candidate, margin: float = 1.0) -> Pair:
     return Pair("p0", "why", [Message("user", "why")], chosen, rejected, margin, 0.0)
 
 
-def run(folder: Path, rows: Sequence[Ranked], policy: Path, config: PairsConfig | None = None) -> Task:
+def run(folder: Path, rows: Sequence[Ranked], policy: Path, config: PairsConfig | None = None, **more: Input) -> Task:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "out").mkdir(exist_ok=True)
     write_rows(folder / "rows.parquet", rows, Ranked)
-    inputs = {"ranked": Input(shards={0: (folder / "rows.parquet",)}), "policy": Input(value=str(policy))}
-    task = Task("iter-00/pairs", 0, 0, 1, 7, inputs, folder / "out")
+    inputs = {"ranked": Input(shards={0: (folder / "rows.parquet",)}), "policy": Input(value=str(policy)), **more}
+    task = Task("iter-02/pairs", 2, 0, 1, 7, inputs, folder / "out")
     outcome = pairs.run(config or PairsConfig(), task)
-    assert outcome.outputs == ("pairs.parquet", "unfiltered.parquet", "dropped.parquet", "statistics.json")
+    assert outcome.outputs == (
+        "pairs.parquet",
+        "own.parquet",
+        "unfiltered.parquet",
+        "dropped.parquet",
+        "statistics.json",
+    )
     dropped = list(read_rows([task.out / pairs.DROPPED], Dropped))
-    assert outcome.rows == outcome.counts["kept"] == len(list(read_rows([task.out / pairs.PAIRS], Pair)))
-    assert sum(value for name, value in outcome.counts.items() if name.startswith("dropped_")) == len(dropped)
+    assert outcome.rows == len(list(read_rows([task.out / pairs.PAIRS], Pair)))
+    assert outcome.counts["kept"] == len(list(read_rows([task.out / pairs.OWN_PAIRS], Pair)))
+    assert outcome.counts["added"] == outcome.rows - outcome.counts["kept"]
+    own = [drop for drop in dropped if drop.source == pairs.OWN]
+    assert sum(value for name, value in outcome.counts.items() if name.startswith("dropped_")) == len(own)
     return task
 
 
@@ -176,7 +186,7 @@ def test_no_pair_left_is_an_error_with_the_reasons_and_the_way_out(policy, tmp_p
     message = str(raised.value)
     print(message)
     assert message.startswith(
-        "iter-00/pairs: no pair is left of 4 prompts; dropped: {'single_candidate': 1, 'tie': 3}."
+        "iter-02/pairs: no pair is left of 4 prompts; dropped: {'single_candidate': 1, 'tie': 3}."
     )
     assert "generate.temperature" in message
 
@@ -198,3 +208,102 @@ def test_what_the_filters_take_is_in_the_unfiltered_pairs_and_the_smallest_margi
         Dropped("p1", "margin_quantile"),
         Dropped("p2", "margin_quantile"),
     ]
+
+
+def stored(path: Path, rows: Sequence[object], kind: type) -> Input:
+    write_rows(path, rows, kind)
+    return Input(shards={0: (path,)})
+
+
+def test_a_prompt_that_holds_a_benchmarks_is_dropped_with_where_that_is_from(policy, tmp_path):
+    asked = "name three rivers of the far north please"
+    rows = [
+        ranked(["good", "bad"], [1, 2], prompt_id="seen", prompt=f"now {asked} and lakes"),
+        ranked(["good", "bad"], [1, 2], prompt_id="near", prompt="name three rivers of spain"),
+    ]
+    listed = stored(tmp_path / "listed.parquet", [KeptOut("arena.jsonl row 7", asked)], KeptOut)
+    config = PairsConfig(decontaminate_ngram=4, decontaminate_overlap=0.6)
+    task = run(tmp_path, rows, policy, config, kept_out=listed)
+    assert list(read_rows([task.out / pairs.DROPPED], Dropped)) == [
+        Dropped("seen", "contaminated", "own", "arena.jsonl row 7, 1.00 of it")
+    ]
+    # "name three rivers of": four words of eight.
+    half = replace(config, decontaminate_overlap=0.5)
+    with pytest.raises(DataError, match="'contaminated': 2"):
+        run(tmp_path / "half", rows, policy, half, kept_out=listed)
+
+
+def mixed(folder: Path, policy: Path) -> Task:
+    """Two own pairs; half of four of the iteration before, a quarter of four of that before it; the end of a dataset."""
+    folder.mkdir()
+    earlier = {
+        f"earlier.{back}": stored(
+            folder / f"earlier{back}.parquet",
+            [replace(pair(candidate(f"good {back}"), candidate("bad")), prompt_id=f"p{number}") for number in range(4)],
+            Pair,
+        )
+        for back in (1, 2)
+    }
+    texts = [["fine", "poor"], ["fine", "poor", "poorer"], ["http://a.b", "poor"], ["same", "same"]]
+    rows = [
+        replace(ranked(each, range(len(each)), prompt_id=f"p{number}"), scores=[0.1, 0.0, -0.1][: len(each)])
+        for number, each in enumerate(texts)
+    ]
+    config = PairsConfig(
+        accumulate=(0.5, 0.25),
+        mix=(MixConfig(name="uf", ratio=0.75, keep="keep_end"),),
+        min_margin=0.5,
+    )
+    own = [ranked(["good", "bad"], [1, 2], prompt_id=f"p{number}") for number in range(2)]
+    dataset = {"mixed.0": stored(folder / "uf.parquet", rows, Ranked)}
+    return run(folder, own, policy, config, **earlier, **dataset)
+
+
+def test_pairs_of_earlier_iterations_and_of_datasets_are_mixed_in_by_ratio_with_their_source(policy, tmp_path):
+    task = mixed(tmp_path / "one", policy)
+    found = list(read_rows([task.out / pairs.PAIRS], Pair))
+    assert [row.source for row in found] == ["own", "own", "iter-01", "iter-01", "iter-00", "uf"]
+    assert len({row.prompt_id for row in found}) == len(found), "ids stay unique: an iteration may ask again"
+    assert all(row.prompt_id == f"p{row.prompt_id[1]}@{row.source}" for row in found[2:5])
+    assert {row.chosen.response for row in found[2:4]} == {"good 1"} and found[4].chosen.response == "good 2"
+    assert (found[5].prompt_id, found[5].rejected.response) == ("p1@uf", "poorer"), "no margin is asked of a dataset"
+    assert [row.prompt_id for row in read_rows([task.out / pairs.OWN_PAIRS], Pair)] == ["p0", "p1"]
+    assert list(read_rows([task.out / pairs.DROPPED], Dropped)) == [
+        Dropped("p2@uf", "url_in_chosen", "uf"),
+        Dropped("p3@uf", "identical", "uf"),
+    ]
+    statistics = json.loads((task.out / pairs.STATISTICS).read_text())
+    assert {name: each["kept"] for name, each in statistics["sources"].items()} == {
+        "own": 2,
+        "iter-01": 2,
+        "iter-00": 1,
+        "uf": 1,
+    }
+    assert statistics["sources"]["uf"]["dropped"] == {"identical": 1, "url_in_chosen": 1}
+    assert statistics["sources"]["uf"]["mean_margin"] == pytest.approx(0.2)
+    assert statistics["kept"] == 6
+
+
+def test_the_same_inputs_give_the_same_bytes(policy, tmp_path):
+    one, other = mixed(tmp_path / "one", policy), mixed(tmp_path / "other", policy)
+    for name in (pairs.PAIRS, pairs.OWN_PAIRS, pairs.UNFILTERED, pairs.DROPPED, pairs.STATISTICS):
+        assert (one.out / name).read_bytes() == (other.out / name).read_bytes()
+
+
+def test_a_value_beyond_its_stop_threshold_ends_the_job_and_a_raised_threshold_lets_it_go_on(policy, tmp_path):
+    rows = [ranked(["good", "bad"], [1, 2]), ranked(["a", "b"], [1, 1], prompt_id="p1")]
+    with pytest.raises(GuardStop) as raised:
+        run(tmp_path / "stopped", rows, policy, PairsConfig(guard=GuardConfig(warn_tie_rate=0.3, stop_tie_rate=0.4)))
+    print(raised.value)
+    assert str(raised.value).startswith(
+        "iter-02/pairs: the guard stopped the run: tie_rate 0.500 is above guard.stop_tie_rate=0.4."
+    )
+    assert "guard.stop_tie_rate=..." in str(raised.value) and "generate.temperature" in str(raised.value)
+    assert not (tmp_path / "stopped" / "out" / pairs.PAIRS).exists()
+    task = run(tmp_path / "raised", rows, policy, PairsConfig(guard=GuardConfig(warn_tie_rate=0.3, stop_tie_rate=0.5)))
+    assert json.loads((task.out / pairs.STATISTICS).read_text())["guard"]["tie_rate"] == 0.5
+
+
+def test_a_value_beyond_its_warn_threshold_is_told_and_nothing_else(policy, tmp_path, capsys):
+    run(tmp_path, [ranked(["good", "bad"], [1, 2])], policy, PairsConfig(guard=GuardConfig(warn_length_gap=-0.5)))
+    assert "guard: length_gap 0.000 is above guard.warn_length_gap=-0.5" in capsys.readouterr().out

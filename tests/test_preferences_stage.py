@@ -125,3 +125,12 @@ def test_an_offline_iteration_trains_on_a_datasets_own_pairs(small_recipe: Recip
     assert found["prompts"] + found["held_out"] == 24 and found["held_out"] == 6
     assert counts(run, graph, "iter-00/pairs")["kept"] == 18
     assert counts(run, graph, "iter-00/evaluate")
+
+
+def test_the_sources_order_is_kept_if_asked_for_also_in_a_part(tmp_path: Path, tiny_model: Path) -> None:
+    pairs = [{"prompt": f"Why {number}?", "chosen": "yes", "rejected": "no"} for number in range(10)]
+    rows, _ = preferred(tmp_path / "a", tiny_model, pairs, in_order=True)
+    assert [row.prompt for row in rows] == [row["prompt"] for row in pairs]
+    half, _ = preferred(tmp_path / "b", tiny_model, pairs, part=":0.5", in_order=True)
+    shuffled, _ = preferred(tmp_path / "c", tiny_model, pairs, part=":0.5")
+    assert [row.prompt for row in half] == sorted(row.prompt for row in shuffled) and len(half) == 5

@@ -8,7 +8,9 @@ import pytest
 
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.graph import build_graph
+from aipo_hpc.guard import GuardConfig
 from aipo_hpc.recipe import Recipe, known_recipes, load_recipe, validate
+from aipo_hpc.stages.pairs import MixConfig
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -103,6 +105,18 @@ WRONG: list[tuple[Change, str]] = [
     (lambda recipe: replace(recipe, evaluate=replace(recipe.evaluate, ranker="gpt")), "ranker='gpt'.*known: pairrm"),
     (lambda recipe: replace(recipe, rank=replace(recipe.rank, num_shards=3)), "rank.num_shards=3: must equal"),
     (lambda recipe: replace(recipe, pairs=replace(recipe.pairs, selection="random")), "pairs.selection='random'"),
+    (
+        lambda recipe: replace(recipe, pairs=replace(recipe.pairs, mix=(MixConfig(name="uf"),))),
+        "pairs.mix has a dataset without a source",
+    ),
+    (
+        lambda recipe: replace(recipe, pairs=replace(recipe.pairs, decontaminate="a.jsonl:0.5")),
+        "pairs.decontaminate='a.jsonl:0.5': a part of a list",
+    ),
+    (
+        lambda recipe: replace(recipe, train=replace(recipe.train, guard=GuardConfig(stop_tie_rate=0.9))),
+        r"thresholds of the guard are set by the recipe's guard\.\*",
+    ),
     (lambda recipe: replace(recipe, data=replace(recipe.data, num_held_out=0)), "data.num_held_out=0: must be at least 1"),
     (lambda recipe: replace(recipe, data=replace(recipe.data, limit=0)), "data.limit=0: must be at least 1"),
     (lambda recipe: replace(recipe, evaluate=replace(recipe.evaluate, num_shards=0)), "evaluate.num_shards=0: must be"),

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from aipo_hpc.graph import Graph, build_graph
 from aipo_hpc.recipe import load_recipe
-from aipo_hpc.report import final_model, pairs_table, print_report, results_table, times_table
+from aipo_hpc.report import final_model, guard_table, pairs_table, print_report, results_table, times_table
 from aipo_hpc.sentinel import Output
 from aipo_hpc.store import Run
 
@@ -116,15 +116,29 @@ def test_pairs_are_told_with_every_reason_and_what_was_cut(run, graph):
     for shard in range(2):
         done(run, graph, "iter-00/generate", shard, candidates=50, truncated=3)
         done(run, graph, "iter-00/rank", shard, truncated_candidates=1 + shard)
-    done(run, graph, "iter-00/pairs", kept=20, dropped_tie=3, dropped_not_generated=2)
+    done(run, graph, "iter-00/pairs", kept=20, added=7, dropped_tie=3, dropped_not_generated=2)
     assert row(pairs_table(run, graph), 0) == {
         "iteration": "1 (iter-00)",
         "prompts": "25",
         "pairs kept": "20",
         "dropped by reason": "tie 3, not_generated 2",
+        "pairs added": "7",
         "candidates cut off": "6 of 100",
         "candidates the ranker saw in part": "3",
     }
+
+
+def test_the_guards_values_are_told_with_the_threshold_that_one_is_beyond(run, graph):
+    done(run, graph, "iter-00/pairs", kept=20, guard_length_gap=0.25, guard_tie_rate=0.625)
+    assert guard_table(run, graph).row_count == 1
+    found = {key: value for key, value in row(guard_table(run, graph), 0).items() if value}
+    assert found == {
+        "iteration": "1 (iter-00)",
+        "length gap": "0.250",
+        "tie rate": "tie_rate 0.625 is above guard.warn_tie_rate=0.5",
+    }
+    done(run, graph, "iter-00/train", outputs=MODEL, guard_reference_agreement=0.5)
+    assert row(guard_table(run, graph), 0)["reference agreement"] == "0.500"
 
 
 def test_a_stage_takes_from_the_first_start_to_the_last_end_of_its_shards(run, graph):

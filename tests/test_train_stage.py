@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +27,9 @@ from training_tasks import (
 )
 
 from aipo_hpc import batches, checkpoints
-from aipo_hpc.errors import DataError, RecipeError
+from aipo_hpc.errors import DataError, GuardStop, RecipeError
 from aipo_hpc.fine_tuning import gradient_accumulation_steps
+from aipo_hpc.guard import GuardConfig
 from aipo_hpc.logps import collate, response_logps
 from aipo_hpc.objectives import OBJECTIVES, objective
 from aipo_hpc.objectives.batch import Extras, Ratios, Shared
@@ -376,6 +379,19 @@ def test_no_pairs_at_all_is_an_error_of_the_data(tmp_path: Path, model: Path) ->
     write_rows(tmp_path / "rows.parquet", [], TrainRow)
     with pytest.raises(DataError, match="no pairs to train on"):
         train(tmp_path / "out", tmp_path / "rows.parquet", model)
+
+
+def test_too_little_agreement_of_the_reference_stops_before_the_model_is_loaded_and_a_lower_threshold_trains(
+    tmp_path: Path, rows: Path, model: Path
+) -> None:
+    scored = list(read_rows([rows], TrainRow))
+    share = fmean(row.ref_chosen_logps > row.ref_rejected_logps for row in scored)
+    print(f"the reference agrees with {share:.2f} of {len(scored)} pairs")
+    above = GuardConfig(warn_reference_agreement=None, stop_reference_agreement=share + 0.01)
+    with pytest.raises(GuardStop, match=f"reference_agreement {share:.3f} is below guard.stop_reference_agreement"):
+        train(tmp_path / "stopped", rows, tmp_path / "no model", guard=above)
+    _, outcome = train(tmp_path / "trained", rows, model, guard=replace(above, stop_reference_agreement=share))
+    assert outcome.counts["guard_reference_agreement"] == share
 
 
 def test_a_loss_that_is_no_number_stops_training_at_once(tmp_path: Path, rows: Path, model: Path) -> None:

@@ -42,6 +42,8 @@ class PreferencesConfig:
     """Use only the first so many rows of each source."""
     skip_unusable: bool = False
     """Leave out rows that cannot be used, and count them, instead of refusing the source."""
+    in_order: bool = False
+    """Keep the order of the sources instead of shuffling them."""
     num_proc: int = tuning(1)
     """Processes that read a Hugging Face dataset."""
 
@@ -68,8 +70,9 @@ def run(config: PreferencesConfig, task: Task) -> Outcome:
         found = list(islice(read(source, config, counts, candidate), config.limit))
         if not found:
             raise DataError(f"{source.name}: no preferences in it. Give a source with at least one row.")
-        found.sort(key=lambda row: order(task.seed, row.prompt_id))
-        for row in found[: max(1, round(source.part * len(found)))]:
+        places = sorted(range(len(found)), key=lambda place: order(task.seed, found[place].prompt_id))
+        used = places[: max(1, round(source.part * len(found)))]
+        for row in (found[place] for place in (sorted(used) if config.in_order else used)):
             if row.prompt_id in held_out or row.prompt in held_out:
                 counts["held_out"] += 1
                 continue
@@ -78,7 +81,8 @@ def run(config: PreferencesConfig, task: Task) -> Outcome:
             rows.append(row if number == 1 else replace(row, prompt_id=f"{row.prompt_id}-{number}"))
     if not rows:
         raise DataError(f"{task.job}: all prompts with preferences are held out. Lower data.num_held_out.")
-    rows.sort(key=lambda row: order(task.seed, row.prompt_id))
+    if not config.in_order:
+        rows.sort(key=lambda row: order(task.seed, row.prompt_id))
     write_rows(task.out / PREFERENCES, rows, Ranked)
     num_candidates = sum(len(row.candidates) for row in rows)
     return Outcome(len(rows), (PREFERENCES,), {"prompts": len(rows), "candidates": num_candidates, **counts})

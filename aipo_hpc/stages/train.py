@@ -14,10 +14,12 @@ from typing import Annotated
 
 import tyro
 
-from aipo_hpc import fine_tuning
+from aipo_hpc import fine_tuning, guard
 from aipo_hpc.errors import DataError
+from aipo_hpc.guard import GuardConfig
 from aipo_hpc.objectives import objective
 from aipo_hpc.rows import TrainRow, read_rows
+from aipo_hpc.settings import tuning
 from aipo_hpc.task import Outcome, Place, Task
 
 
@@ -41,6 +43,8 @@ class TrainConfig(fine_tuning.FineTuningConfig):
     """Constant margin: in nats, inside beta; outside beta in SimPO (0.5)."""
     label_smoothing: float = 0.0
     """Probability that a pair is labelled the wrong way round, from 0 to below 0.5."""
+    guard: Annotated[GuardConfig, tyro.conf.Suppress] = tuning(GuardConfig())
+    """Thresholds: the recipe's own, guard.*"""
 
     def __post_init__(self) -> None:
         chosen = objective(self.loss_type)
@@ -88,6 +92,9 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
     rows = batches.compact(read_rows(task.inputs["pairs"].named("rows.parquet"), TrainRow))
     if not rows:
         raise DataError(f"{task.job}: there are no pairs to train on; see the counts of the stages before.")
+    # All processes see the same pairs, and stop here together.
+    agreement = guard.agreement([row.ref_logps[0] for row in rows], [row.ref_logps[1] for row in rows])
+    guard.enforce(guard.check({"reference_agreement": agreement}, config.guard), task.job)
     steps = batches.global_batches(
         len(rows), config.num_train_epochs, config.global_batch_size, f"{task.seed}/{task.iteration}"
     )
@@ -127,6 +134,7 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
     first, last = pair_trainer.metrics[0], pair_trainer.metrics[-1]
     counts = {
         "pairs": len(rows),
+        "guard_reference_agreement": agreement,
         "steps": len(steps),
         "global_batch_size": min(config.global_batch_size, sum(map(len, steps))),
         "grad_accumulation": arguments.gradient_accumulation_steps,
