@@ -128,7 +128,7 @@ ranker.PairRM.rank = rank
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_prompts_that_kill_their_worker_are_set_aside_and_the_run_finishes_without_them(
     tmp_path: Path, small_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +163,7 @@ def test_prompts_that_kill_their_worker_are_set_aside_and_the_run_finishes_witho
         "POISON_RANK": worse.prompt_id,
     }
     argv = [sys.executable, "-c", code, str(tmp_path / "recipe.pickle")]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr
 
     run = Run(prepared.path)
