@@ -141,18 +141,26 @@ def print_tail(log: str, lines: int) -> None:
         print("\n".join(Path(log).read_text(errors="replace").splitlines()[-lines:]))
 
 
-def report(run: Folder, manifest: bool = False) -> None:
+def report(run: Folder, summary: bool = False, results: tuple[str, ...] = (), manifest: bool = False) -> None:
     """Print what a run achieved: win rates, lengths, pairs, times, and where the final model lies.
 
     Args:
         run: a run directory.
+        summary: print one table over the iterations instead, and write it with plots below report/ in the run.
+        results: result files of benchmarks' own tools, or folders of them; their scores go into that table.
         manifest: print instead the chain from the newest model back to the prompts and models it was made from, and write
             the manifests of all iterations again.
     """
-    from aipo_hpc.report import print_lineage, print_report
+    from aipo_hpc.report import print_lineage, print_report, print_summary
 
     opened = Run(Path(run))
-    (print_lineage if manifest else print_report)(opened, read_graph(opened))
+    graph = read_graph(opened)
+    if summary or results:
+        print_summary(opened, graph, [Path(path).expanduser() for path in results], write=summary)
+    if manifest:
+        print_lineage(opened, graph)
+    if not (summary or results or manifest):
+        print_report(opened, graph)
 
 
 def cancel(run: Folder) -> None:

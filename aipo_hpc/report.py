@@ -1,11 +1,14 @@
 """What a run achieved: one row per policy, read from the sentinels and metrics of its jobs."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from aipo_hpc import plots
+from aipo_hpc.benchmarks.results import read_results
 from aipo_hpc.graph import Graph
 from aipo_hpc.guard import ADVICE, check
 from aipo_hpc.ledger import counts, effort, finished
@@ -13,6 +16,7 @@ from aipo_hpc.lineage import chain, newest_model
 from aipo_hpc.manifest import write_manifest
 from aipo_hpc.retention import win_rates
 from aipo_hpc.store import Run
+from aipo_hpc.summary import markdown, summary_rows, write_summary
 from aipo_hpc.terminal import print_table
 
 
@@ -39,6 +43,23 @@ def print_lineage(run: Run, graph: Graph) -> None:
             write_manifest(run, graph, iteration)
     newest = newest_model(run, graph)
     print("\n".join(chain(run, graph, newest)) if newest else "no model is finished yet")
+
+
+def print_summary(run: Run, graph: Graph, results: Sequence[Path], write: bool) -> None:
+    """Print the table over iterations, with scores from result files of benchmarks; write it and the plots if asked to."""
+    scores = read_results(results)
+    rows = summary_rows(run, graph, scores)
+    print(markdown(rows), end="")
+    models = [str(row["model"]) for row in rows]
+    if (found := set(scores).intersection(models)) != set(scores):
+        others = ", ".join(sorted(set(scores) - found)[:5])
+        print(f"\nresult files also name {others}, which are no models of this run; its models are {', '.join(models)}")
+    if not write:
+        return
+    for path in write_summary(run, graph, rows):
+        print(f"wrote {path}")
+    if not plots.available():
+        print("no plots: matplotlib is not installed; type: pip install 'aipo_hpc[plots]'")
 
 
 def iterations(graph: Graph) -> list[int]:

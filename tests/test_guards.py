@@ -31,7 +31,7 @@ LAYERS = {
     "graph": "outside stage_table graph record drift preflight parity",
     "execution": "reconcile damage worker here clusters.*",
     "driver": "ledger model_card manifest retention driver chain cancel",
-    "user": "lineage plan doctor terminal report launch __main__",
+    "user": "plots summary lineage plan doctor terminal report launch __main__",
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""
 
