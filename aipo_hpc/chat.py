@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aipo_hpc.errors import DataError
+from aipo_hpc.own_code import is_trusted
 from aipo_hpc.rows import Message
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> "Pre
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            model_name_or_path, revision=revision, trust_remote_code=is_trusted(model_name_or_path)
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer of {model_name_or_path!r} cannot be loaded: {error}\n"
@@ -43,7 +46,10 @@ def refuse_other_tokens(policy: str, reference: str) -> None:
     from transformers import AutoTokenizer
 
     try:
-        known, other = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (policy, reference))
+        known, other = (
+            AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted(name)).get_vocab()
+            for name in (policy, reference)
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizers of {policy!r} and {reference!r} cannot be compared: {error}") from error
     different = sorted(token for token, number in known.items() if other.get(token) != number)

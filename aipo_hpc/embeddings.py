@@ -40,9 +40,9 @@ def bert(texts: Sequence[str], model: str, batch_size: int) -> "np.ndarray[Any, 
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder: Any = AutoModel.from_pretrained(model).to(device).eval()
+    encoder: Any = AutoModel.from_pretrained(model, trust_remote_code=False).to(device).eval()
     longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     vectors = []
     for start in range(0, len(texts), batch_size):

@@ -56,6 +56,8 @@ class Edge:
     job: str
     part: str
     by: Literal["all", "shard"] = "all"
+    trust_remote_code: bool = False
+    """Whether the code that comes with a model is run; a trained one brings that of the model it was made from."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def build_graph(recipe: Recipe) -> Graph:
             "conversations": Edge(chats_job, conversations.CONVERSATIONS),
             "policy": initial,
         }
-        initial = Edge(add(0, "sft", recipe.sft, conversed), "model/")
+        initial = Edge(add(0, "sft", recipe.sft, conversed), "model/", trust_remote_code=recipe.trust_remote_code)
     judges = {name: judge or initial for name, judge in ranker_inputs(judging).items()}
     baseline_inputs: dict[str, Edge | Outside] = {"prompts": Edge(prompts_job, prompts.HELD_OUT), "policy": initial}
     baseline_job = add(0, "baseline", answers, baseline_inputs, evaluation.num_shards, "generate")
@@ -295,7 +297,7 @@ def build_graph(recipe: Recipe) -> Graph:
             dataclasses.replace(recipe.train, guard=recipe.guard),
             {"pairs": Edge(referenced, "rows.parquet"), "policy": policy},
         )
-        policy = Edge(trained, "model/")
+        policy = Edge(trained, "model/", trust_remote_code=recipe.trust_remote_code)
         answered = add(
             iteration,
             "answers",

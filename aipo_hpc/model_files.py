@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aipo_hpc.errors import DataError
+from aipo_hpc.own_code import is_trusted
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,9 @@ def load_model(model_name_or_path: str, dtype: "torch.dtype", **kwargs: Any) -> 
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, trust_remote_code=is_trusted(model_name_or_path), **kwargs
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"model {model_name_or_path!r} cannot be loaded: {error}\n"

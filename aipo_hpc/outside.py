@@ -19,6 +19,8 @@ class Outside:
     revision: str | None = None
     chat_template: str | None = None
     """Text of the chat template that a model is used with in place of its own."""
+    trust_remote_code: bool = False
+    """Whether the code that comes with a model is run."""
 
 
 def outside(name: str, revision: str | None = None) -> Outside:
@@ -26,9 +28,16 @@ def outside(name: str, revision: str | None = None) -> Outside:
     return Outside(name, identify(name, revision), revision)
 
 
+def trusting(source: Outside, trust_remote_code: bool) -> Outside:
+    """A model whose own code is run, if so asked: that is another model than without."""
+    if not trust_remote_code:
+        return source
+    return dataclasses.replace(source, identity=f"{source.identity} with its own code", trust_remote_code=True)
+
+
 def policy_outside(recipe: Recipe) -> Outside:
     """The initial policy; another chat template than its own makes it another model."""
-    policy = outside(recipe.model_name_or_path, recipe.revision)
+    policy = trusting(outside(recipe.model_name_or_path, recipe.revision), recipe.trust_remote_code)
     if recipe.chat_template is None:
         return policy
     template = read_template(recipe.chat_template)
@@ -51,6 +60,8 @@ def source_inputs(text: str, revision: str | None) -> dict[str, Outside]:
 def ranker_inputs(config: RankerConfig) -> dict[str, Outside | None]:
     """The models of a ranker as inputs of its job; None where a policy judges."""
     return {
-        name: None if single.model_name_or_path == POLICY else outside(single.model_name_or_path, single.revision)
+        name: None
+        if single.model_name_or_path == POLICY
+        else trusting(outside(single.model_name_or_path, single.revision), single.trust_remote_code)
         for name, single in models(config).items()
     }

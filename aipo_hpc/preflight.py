@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aipo_hpc import sources
+from aipo_hpc import own_code, sources
 from aipo_hpc.benchmarks import read_questions
 from aipo_hpc.chat import refuse_other_tokens
 from aipo_hpc.chat_templates import make_templated_folder
@@ -43,8 +43,17 @@ def resolve(graph: Graph) -> Graph:
         )
 
     found = dataclasses.replace(graph, jobs={name: with_inputs(job) for name, job in graph.jobs.items()})
+    _trust(found)
     _check_references(found)
     return found
+
+
+def _trust(graph: Graph) -> None:
+    """Let this process run the code of the models for which the recipe asks."""
+    for job in graph.jobs.values():
+        for source in job.inputs.values():
+            if isinstance(source, Outside) and source.trust_remote_code:
+                own_code.trust(source.value)
 
 
 def _check_references(graph: Graph) -> None:
@@ -84,7 +93,9 @@ def with_templates(graph: Graph, run: Run) -> Graph:
         name: dataclasses.replace(job, inputs={key: templated(source) for key, source in job.inputs.items()})
         for name, job in graph.jobs.items()
     }
-    return dataclasses.replace(graph, jobs=jobs)
+    made = dataclasses.replace(graph, jobs=jobs)
+    _trust(made)
+    return made
 
 
 def _check(kind: str, source: Outside) -> str:
@@ -97,7 +108,7 @@ def _check(kind: str, source: Outside) -> str:
     folder = _folder(kind, source)
     if not (folder / "config.json").is_file():
         raise DataError(f"{kind} {source.value!r}: no config.json in {folder}. Give the folder of a saved model.")
-    _read_json(folder / "config.json")
+    _check_code(kind, source, folder)
     _check_weights(folder)
     if kind in ("policy", "chat ranker") and source.chat_template is None:
         _check_chat_template(folder)
@@ -123,6 +134,17 @@ def _folder(kind: str, source: Outside) -> Path:
             "Give the path of a local folder, or fetch it first where there is a network "
             f"(hf download {source.value}) and set HF_HOME to that cache."
         ) from error
+
+
+def _check_code(kind: str, source: Outside, folder: Path) -> None:
+    """A model of a kind that transformers does not know is nothing without its own code."""
+    config = _read_json(folder / "config.json")
+    if source.trust_remote_code or not isinstance(config, dict) or not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise DataError(own_code.needed(kind, source.value))
 
 
 def _read_json(path: Path) -> Any:

@@ -80,6 +80,8 @@ class Recipe:
     """The initial policy: an instruction-tuned model."""
     revision: str | None = None
     """Revision of the initial policy on the hub."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the policy's model. Off: such a model is refused."""
     chat_template: str | None = None
     """How conversations are put to the policy, everywhere: mistral-instruct, llama, vicuna, zephyr, or the path of a Jinja
     file (None: as its tokenizer says)."""

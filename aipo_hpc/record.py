@@ -25,7 +25,8 @@ def job_record(graph: Graph, job: Job, payload_timeout: float) -> dict[str, Any]
         "settings": everything(job.config),
         "payload_timeout": payload_timeout,
         "inputs": {
-            name: {
+            name: ({"trust_remote_code": True} if source.trust_remote_code else {})
+            | {
                 "job": source.job,
                 "part": source.part,
                 "by": source.by,
@@ -33,7 +34,8 @@ def job_record(graph: Graph, job: Job, payload_timeout: float) -> dict[str, Any]
                 "fingerprint": graph.fingerprints[source.job],
             }
             if isinstance(source, Edge)
-            else {"value": source.value, "identity": source.identity}
+            else ({"trust_remote_code": True} if source.trust_remote_code else {})
+            | {"value": source.value, "identity": source.identity}
             for name, source in job.inputs.items()
         },
     }
@@ -78,9 +80,9 @@ def check_shard(graph: Graph, name: str, shard: int) -> None:
 def _job(record: dict[str, Any]) -> Job:
     config = from_plain(STAGES[record["stage"]].config, record["settings"])
     inputs = {
-        name: Edge(source["job"], source["part"], source["by"])
+        name: Edge(source["job"], source["part"], source["by"], source.get("trust_remote_code", False))
         if "job" in source
-        else Outside(source["value"], source["identity"])
+        else Outside(source["value"], source["identity"], trust_remote_code=source.get("trust_remote_code", False))
         for name, source in record["inputs"].items()
     }
     return Job(

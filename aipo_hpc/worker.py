@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aipo_hpc import gang, leaving
+from aipo_hpc import gang, leaving, own_code
 from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify, deaths
@@ -94,6 +94,9 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         return
     started = time.time()
     inputs, lineage = resolve_inputs(run, job, envelope.shard)
+    for name, source in job["inputs"].items():
+        if source.get("trust_remote_code"):
+            own_code.trust(inputs[name].model)
     out, earlier = folder.begin_attempt(envelope.shard, envelope.attempt)
     died = deaths(folder.failures(), envelope.shard, [path.name for path in earlier])
     use_private_caches()

@@ -23,6 +23,7 @@ from transformers import (
 
 from aipo_hpc.chat import load_tokenizer, response_text
 from aipo_hpc.engines import Completion, EngineConfig, Request, temperature_of
+from aipo_hpc.own_code import is_trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,9 @@ class TransformersEngine:
         self._config = config
         self._tokenizer = load_tokenizer(model)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, config.dtype), trust_remote_code=is_trusted(model)
+        )
         self._model = loaded.to(self._device).eval()
         eos = self._model.generation_config.eos_token_id
         listed = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -15,6 +15,7 @@ from aipo_hpc.chat import response_text
 from aipo_hpc.engines import Completion, EngineConfig, Request, temperature_of
 from aipo_hpc.engines.guard import guard_children
 from aipo_hpc.errors import RecipeError
+from aipo_hpc.own_code import is_trusted
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,6 +37,7 @@ class VllmEngine:
         try:
             self._llm = LLM(
                 model=model,
+                trust_remote_code=is_trusted(model),
                 dtype=config.dtype,  # type: ignore[arg-type]
                 max_model_len=config.max_prompt_tokens + config.max_tokens,
                 tensor_parallel_size=config.tensor_parallel_size,

@@ -67,6 +67,8 @@ class SingleConfig:
     """The ranker's model: a folder or a model id on the hub; for a judge also 'policy', the iteration's own."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub (None: its main branch)."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the ranker's model."""
     dtype: str = "float32"
     """Precision of pairrm's and reward_model's arithmetic: float32 (the reference), bfloat16 or float16 (faster)."""
     tokens_per_batch: int | None = memory_bound(None, unset=2048)
@@ -108,7 +110,7 @@ def models(config: RankerConfig) -> dict[str, SingleConfig]:
 
 def without_models(config: Any) -> Any:
     """Settings without what is not content: where models lie, and how a judge is asked where there is none."""
-    plain = replace(config, model_name_or_path="", revision=None)
+    plain = replace(config, model_name_or_path="", revision=None, trust_remote_code=False)
     if config.ranker not in RANKERS or not RANKERS[config.ranker].judge:
         plain = replace(plain, judge=JudgeConfig())
     if isinstance(config, RankerConfig):

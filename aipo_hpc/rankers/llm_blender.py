@@ -144,7 +144,7 @@ def _mended(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
 
     def build_pretrained_model(model_type: str, model_name: str, **_: Any) -> Any:
         if (Path(model_name) / pairrm_folder.CONFIG).is_file() and Path(model_name) != folder:
-            model = AutoModel.from_pretrained(model_name, dtype=torch.float32)
+            model = AutoModel.from_pretrained(model_name, dtype=torch.float32, trust_remote_code=False)
         else:
             sizes = pairrm_folder.encoder_config(folder, settings, pairrm_folder.read_tensors(folder))
             model = DebertaV2Model(DebertaV2Config(**sizes.to_dict()))  # type: ignore[no-untyped-call]

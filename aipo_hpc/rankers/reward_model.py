@@ -14,6 +14,7 @@ import torch
 
 from aipo_hpc.chat import conversation_ids, load_tokenizer
 from aipo_hpc.errors import DataError, RecipeError
+from aipo_hpc.own_code import is_trusted
 from aipo_hpc.rankers import NO_CANDIDATES, NOT_FINITE, TOO_LONG, Ranking, failed, ranks_of
 from aipo_hpc.rankers.batching import token_batches
 from aipo_hpc.rankers.config import SingleConfig
@@ -45,6 +46,7 @@ def load(config: SingleConfig, model: str, seed: int) -> "RewardModel":
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             output_loading_info=True,
+            trust_remote_code=is_trusted(model),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(

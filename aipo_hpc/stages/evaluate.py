@@ -48,7 +48,9 @@ class EvaluateConfig(RankerConfig):
 def judging(config: EvaluateConfig, ranking: RankerConfig) -> EvaluateConfig:
     """The settings with the recipe's own ranker in them where they name none."""
     model = config if config.model_name_or_path else ranking
-    taken: dict[str, Any] = {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
+    taken: dict[str, Any] = {
+        name: getattr(model, name) for name in ("model_name_or_path", "revision", "trust_remote_code")
+    }
     if not config.ranker:
         theirs = {field.name: getattr(ranking, field.name) for field in fields(RankerConfig)}
         taken = {**theirs, "tokens_per_batch": config.tokens_per_batch, **taken}
