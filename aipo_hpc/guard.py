@@ -18,6 +18,9 @@ from aipo_hpc.rows import Pair, Ranked
 BELOW = ("share_kept", "reference_agreement")
 """Values of which little is a bad sign; of the others much is."""
 
+VALUE = "guard_"
+"""How the counts of a job begin that are the guard's values."""
+
 ADVICE: Mapping[str, str] = {
     "length_gap": "raise train.alpha, or choose pairs with pairs.length_rule=penalized",
     "tie_rate": "sample at a higher generate.temperature, or take another ranker",

@@ -8,7 +8,7 @@ time, and it is whenever a driver finds an iteration complete.
      "outside": {"policy": ..., "source": ..., ...},   models and data from outside the run: name, revision, identity
      "stages": {"generate": {"fingerprint", "settings", "inputs", "rows_in", "rows", "counts", "versions", "hosts", "gpus",
                              "gpu_hours", "task_hours", "seconds", "failed_attempts"}, ...},
-     "guard": the counts and statistics of pairs,      "evaluation": those of evaluate,
+     "guard": {"length_gap", "tie_rate", ...},         the guard's values; "evaluation": the counts of evaluate,
      "gpu_hours", "task_hours"}                        sums over the stages
 
 ``gpu_hours`` are GPUs times hours of the tasks that finished; on a machine without GPUs look at ``task_hours``. Paths inside
@@ -26,6 +26,7 @@ from typing import Any
 
 from aipo_hpc.durable import write_durably
 from aipo_hpc.graph import Edge, Graph, Job
+from aipo_hpc.guard import VALUE
 from aipo_hpc.ledger import effort, finished, versions
 from aipo_hpc.model_card import CARD, model_card
 from aipo_hpc.sentinel import Sentinel
@@ -94,7 +95,12 @@ def make_manifest(run: Run, graph: Graph, iteration: int) -> dict[str, Any]:
             if not isinstance(source, Edge)
         },
         "stages": stages,
-        "guard": stages.get("pairs", {}).get("counts", {}),
+        "guard": {
+            key.removeprefix(VALUE): value
+            for stage in ("pairs", "train")
+            for key, value in stages.get(stage, {}).get("counts", {}).items()
+            if key.startswith(VALUE)
+        },
         "evaluation": stages.get("evaluate", {}).get("counts", {}),
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages.values()),
         "task_hours": sum(stage["task_hours"] for stage in stages.values()),

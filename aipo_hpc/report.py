@@ -10,7 +10,7 @@ from rich.table import Table
 from aipo_hpc import plots
 from aipo_hpc.benchmarks.results import read_results
 from aipo_hpc.graph import Graph
-from aipo_hpc.guard import ADVICE, check
+from aipo_hpc.guard import ADVICE, VALUE, check
 from aipo_hpc.ledger import counts, effort, finished
 from aipo_hpc.lineage import chain, newest_model
 from aipo_hpc.manifest import write_manifest
@@ -163,7 +163,7 @@ def guard_table(run: Run, graph: Graph) -> Table:
         for stage in ("pairs", "train"):
             name = f"iter-{iteration:02d}/{stage}"
             found = counts(run, graph, name)
-            values = {key: found[f"guard_{key}"] for key in ADVICE if f"guard_{key}" in found}
+            values = {key: found[f"{VALUE}{key}"] for key in ADVICE if f"{VALUE}{key}" in found}
             cells |= {key: f"{value:.3f}" for key, value in values.items()}
             if values:
                 cells |= {each.name: str(each) for each in check(values, graph.jobs[name].config.guard)}

@@ -341,3 +341,21 @@ def test_a_damaged_sentinel_is_reported_and_its_shard_is_computed_again(
     assert again.code == 0
     says(again.said, f"{sentinel}: not believed", "counts as not done", "iter-00/prompts: reading")
     assert json.loads(sentinel.read_text())["rows"] == 8
+
+
+def test_a_run_that_the_guard_stopped_goes_on_once_the_threshold_is_raised(
+    launched: Callable[..., Launched], tmp_path: Path
+) -> None:
+    run = f"run_dir={tmp_path / 'run'}"
+    stopped = launched(run, "guard.warn_length_gap=None", "guard.stop_length_gap=-5")
+    assert stopped.code == 1
+    says(
+        stopped.said,
+        "iter-00/pairs shard 0: user_error: GuardStop",
+        "is above guard.stop_length_gap=-5",
+        "guard.stop_length_gap=...",
+    )
+    raised = launched(run, "guard.warn_length_gap=None", "guard.stop_length_gap=500")
+    assert raised.code == 0, raised.said
+    assert "generate: sent" not in raised.said, "what was done is not done again"
+    says(raised.said, "Guard", "final model:")

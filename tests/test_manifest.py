@@ -34,7 +34,8 @@ VERDICT = {
 COUNTS: Mapping[str, Mapping[str, float]] = {
     "prompts": {"train": 50, "held_out": 64},
     "generate": {"candidates": 100},
-    "pairs": {"kept": 40, "dropped_tie": 10},
+    "pairs": {"kept": 40, "dropped_tie": 10, "guard_tie_rate": 0.2},
+    "train": {"guard_reference_agreement": 0.6},
     "evaluate": VERDICT,
 }
 ROWS = {"prompts": 114, "generate": 25, "rank": 25, "pairs": 40}
@@ -100,7 +101,7 @@ def test_a_manifest_tells_models_data_settings_counts_versions_and_hours(run: Ru
     assert (stages["pairs"]["rows_in"], stages["pairs"]["rows"]) == ({"ranked": 50}, 40)
     assert stages["generate"]["counts"] == {"candidates": 200}
     assert stages["train"]["settings"]["loss_type"] == "aipo" and stages["train"]["versions"] == VERSIONS
-    assert found["guard"] == COUNTS["pairs"] and found["evaluation"] == VERDICT
+    assert found["guard"] == {"tie_rate": 0.2, "reference_agreement": 0.6} and found["evaluation"] == VERDICT
     assert (stages["rank"]["failed_attempts"], stages["rank"]["gpus"]) == (1, {"H100": 4})
     shards = sum(job.num_shards for job in graph.jobs.values() if job.iteration == 0)
     assert (found["task_hours"], found["gpu_hours"]) == (shards, 2 * shards)

@@ -221,7 +221,7 @@ def run(config: PairsConfig, task: Task) -> Outcome:
         "kept": len(own),
         "added": len(pairs) - len(own),
         **{f"dropped_{reason}": number for reason, number in reasons.items()},
-        **{f"guard_{name}": value for name, value in values.items()},
+        **{f"{guard.VALUE}{name}": value for name, value in values.items()},
     }
     return Outcome(len(pairs), (PAIRS, OWN_PAIRS, UNFILTERED, DROPPED, STATISTICS), counts)
 

@@ -134,7 +134,7 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
     first, last = pair_trainer.metrics[0], pair_trainer.metrics[-1]
     counts = {
         "pairs": len(rows),
-        "guard_reference_agreement": agreement,
+        f"{guard.VALUE}reference_agreement": agreement,
         "steps": len(steps),
         "global_batch_size": min(config.global_batch_size, sum(map(len, steps))),
         "grad_accumulation": arguments.gradient_accumulation_steps,
