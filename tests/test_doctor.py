@@ -11,7 +11,9 @@ from sandbox import Sandbox
 
 from aipo_hpc import doctor
 from aipo_hpc.__main__ import main
+from aipo_hpc.clusters.slurm import SlurmCluster
 from aipo_hpc.doctor import Finding, examine, findings_table, folder, slurm
+from aipo_hpc.errors import ClusterError
 from aipo_hpc.launch import launch
 from aipo_hpc.recipe import Recipe, SlurmConfig, load_recipe
 from aipo_hpc.store import Run
@@ -139,6 +141,8 @@ def test_a_controller_that_does_not_answer_is_a_problem(
     found = by_name(slurm(SlurmConfig(), ["gpu"]))
     assert found["controller"].state == "problem" and "SLURM_CONF" in found["controller"].advice
     assert "MaxArraySize" not in found, "what is not known is not told"
+    with pytest.raises(ClusterError, match=r"(?s)controller does not answer .*slurm.conf.*type the same command again"):
+        SlurmCluster(SlurmConfig())
 
 
 def test_the_table_says_what_to_do() -> None:

@@ -56,7 +56,15 @@ class SlurmCluster:
     def __init__(self, config: "SlurmConfig") -> None:
         self._config = config
         self.num_commands = 0
-        shown = self.client(["scontrol", "show", "config"])
+        try:
+            shown = self.client(["scontrol", "show", "config"])
+        except ClusterError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise ClusterError(
+                f"Slurm's controller does not answer `scontrol show config` (SLURM_CONF={os.environ.get('SLURM_CONF')}): "
+                f"{error}\nLook with `scontrol ping`, or choose cluster=local; once it answers, type the same command again."
+            ) from error
         # MaxArraySize bounds the index, which starts at 0; our arrays always do. 0 and 1 forbid arrays.
         bounds = re.findall(r"\b(?:MaxArraySize\s*=\s*|max_array_tasks=)(\d+)", shown) or ["1000"]
         self.limits = Limits(
