@@ -9,7 +9,8 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, tiny_model_folder, tiny_tokenizer_folder
 
 from aipo_hpc import launch, parity
-from aipo_hpc.chat import load_tokenizer
+from aipo_hpc.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids, response_text
+from aipo_hpc.chat_templates import read_template
 from aipo_hpc.errors import DataError
 from aipo_hpc.parity import check_policy, check_ranker, difference
 from aipo_hpc.recipe import Recipe
@@ -152,3 +153,39 @@ def test_a_launch_refuses_before_anything_is_submitted_and_asks_no_more_once_it_
     launch.launch(recipe)
     launch.launch(recipe)
     assert len(asked) == 1
+
+
+def test_a_tokenizer_that_writes_spaces_as_llamas_does_passes_and_an_answer_begins_without_one(tmp_path: Path) -> None:
+    """Behind a prompt, the text of its first token has a space, which would come twice if it were read again."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", left=1, right=0)]
+    )
+    texts = [
+        parity.QUESTION.content,
+        parity.ANSWER.content,
+        parity.FOLLOW_UP.content,
+        "[INST] [/INST] USER: ASSISTANT:\n",
+    ]
+    trainer = trainers.BpeTrainer(vocab_size=4, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    for name in ("mistral-instruct", "llama", "vicuna"):
+        fast.chat_template = read_template(name)
+        fast.save_pretrained(tmp_path / name)
+        check_policy(str(tmp_path / name))
+        loaded = load_tokenizer(str(tmp_path / name))
+        prompt = prompt_ids(loaded, [parity.QUESTION])
+        emitted = conversation_ids(loaded, [parity.QUESTION, parity.ANSWER])[len(prompt) :]
+        said = emitted[: emitted.index(loaded.eos_token_id)]
+        behind = loaded.decode([*prompt, *said])[len(loaded.decode(prompt)) :]
+        assert (behind[0], response_text(loaded, said).strip()) == (" ", parity.ANSWER.content)
+        assert not response_text(loaded, said).startswith(" ")
+        assert response_ids(loaded, response_text(loaded, said), "length") == said
