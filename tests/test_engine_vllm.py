@@ -28,6 +28,7 @@ from aipo_hpc.errors import RecipeError
 from aipo_hpc.processes import descendants, start_time
 from aipo_hpc.rankers import UNPARSABLE, from_texts, judge, replies
 from aipo_hpc.rankers.config import JudgeConfig
+from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Message, Pair, Prompt, Responses, read_rows, write_rows
 from aipo_hpc.stages import generate, pairs, rank, reference, train
 from aipo_hpc.stages.generate import GenerateConfig
@@ -268,7 +269,7 @@ def test_its_rows_feed_ranking_pairs_reference_and_training(
         "reference", {"pairs": Input(shards={0: (paired.out / pairs.PAIRS,)}), "reference": policy, "policy": policy}
     )
     assert reference.run(reference.ReferenceConfig(dtype="float32"), scored).rows == made.rows
-    config = train.TrainConfig(**{**PLAIN, "global_batch_size": 2, "resources": train.Resources()})
+    config = train.TrainConfig(**{**PLAIN, "global_batch_size": 2, "resources": Resources()})
     trained = train.run(config, train_task(tmp_path / "train", scored.out / "rows.parquet", model))
     assert trained.counts["loss_first"] > 0
 
