@@ -16,14 +16,14 @@ from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
 from aipo_hpc.damage import Inspector
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
-from aipo_hpc.failures import KINDS
+from aipo_hpc.explain import explain
 from aipo_hpc.graph import Graph
 from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.manifest import Manifests
 from aipo_hpc.pace import Pace, doomed
-from aipo_hpc.reconcile import Decision, Element, GivenUp, RecordFailure, Submit, View, reconcile
+from aipo_hpc.reconcile import Decision, Element, RecordFailure, Submit, View, reconcile
 from aipo_hpc.retention import Retention
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run
@@ -130,7 +130,7 @@ class Driver:
         done, failures = self._files()
         pending = self._unfinished(done, failures)
         now = time.time()
-        if pending and self._pace.allows(now, urgent=any(doomed(pending, failures))):
+        if pending and self._pace.allows(now, urgent=self._awaits_news(pending, failures)):
             self._pace.asked(now)
             try:
                 self._states = self._cluster.states(pending)
@@ -178,6 +178,19 @@ class Driver:
                 self._failed_since.setdefault(element, now)
         return done, failures
 
+    def _heard_over(self, element: Element) -> bool:
+        """Whether the scheduler has been asked since this element told its failure, and does not call it alive."""
+        state = self._states.get(element[0], {}).get(element[1])
+        return self._queried >= self._failed_since[element] and not (state is not None and state.alive)
+
+    def _awaits_news(self, pending: Sequence[Submission], failures: Mapping[str, Sequence[Failure]]) -> bool:
+        """Whether a shard is sent again as soon as the scheduler says of an element what the files let expect."""
+        told = (failure for each in failures.values() for failure in each if not failure.by_driver)
+        names = {submission.name for submission in pending}
+        elements = (failure.element for failure in told)
+        failed = any(each is not None and each[0] in names and not self._heard_over(each) for each in elements)
+        return failed or any(doomed(pending, failures))
+
     def _unfinished(
         self, done: Mapping[str, Mapping[int, Sentinel]], failures: Mapping[str, Sequence[Failure]]
     ) -> list[Submission]:
@@ -187,9 +200,7 @@ class Driver:
             element = failure.element
             if element is None:
                 continue
-            state = self._states.get(element[0], {}).get(element[1])
-            heard = self._queried >= self._failed_since[element] and not (state is not None and state.alive)
-            if heard or failure.by_driver:
+            if failure.by_driver or self._heard_over(element):
                 over.add(element)
         return [
             submission
@@ -309,23 +320,6 @@ class Driver:
 def _nodes(sentinels: Iterable[Sentinel]) -> AbstractSet[str]:
     """The nodes that these shards were finished on, as the scheduler calls them."""
     return {each.scheduler["slurmd_nodename"] for each in sentinels if "slurmd_nodename" in each.scheduler}
-
-
-def explain(run: Run, given_up: tuple[GivenUp, ...]) -> str:
-    """Why a run cannot go on: which shards, their errors, and what to type."""
-    lines = [f"{run.path}: cannot go on."]
-    for given in given_up[:5]:
-        failure = given.failure
-        lines.append(f"{given.job} shard {given.shard}: {failure.kind}: {failure.message}")
-        if failure.log:
-            lines.append(f"  log: {failure.log}")
-        lines.append(f"  what to do: {KINDS[failure.kind].advice}")
-    if len(given_up) > 5:
-        lines.append(f"... and {len(given_up) - 5} more shards")
-    if given_up:
-        lines.append(f"To see more, type: python -m aipo_hpc logs {run.path} {given_up[0].job} {given_up[0].shard}")
-    lines.append("Then type the same command again: what is done stays done.")
-    return "\n".join(lines)
 
 
 def find_log(run: Run, submission: Submission, index: int) -> str:

@@ -30,7 +30,7 @@ LAYERS = {
     "recipe": "instruct_settings recipe arguments",
     "graph": "outside stage_table graph record drift preflight parity",
     "execution": "reconcile damage worker here clusters.*",
-    "driver": "ledger model_card manifest retention driver chain cancel",
+    "driver": "ledger model_card manifest retention explain driver chain cancel",
     "user": "plots summary lineage plan doctor terminal report launch __main__",
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""
