@@ -66,10 +66,10 @@ def link_new(temporary: Path, final: Path) -> bool:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Names in a folder by one listing; an absent folder is empty."""
+    """Names in a folder by one listing; what is absent, or a file, is an empty one."""
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -32,7 +32,9 @@ def plan_table(graph: Graph, run: Run) -> Table:
             str(len(done)),
             shape(job.resources),
             ", ".join(
-                f"{edge.job} ({'shard by shard' if edge.by == 'shard' else 'all'})" for edge in job.edges.values()
+                dict.fromkeys(
+                    f"{edge.job} ({'shard by shard' if edge.by == 'shard' else 'all'})" for edge in job.edges.values()
+                )
             ),
             _outlook(job, done, graph, run, changed.get(job.name, []))
             + ("; its model was deleted (keep_models)" if job.name in pruned else "")
@@ -69,8 +71,8 @@ def _outlook(job: Job, done: set[int], graph: Graph, run: Run, changed: list[str
         what += f" (failed before: {', '.join(f'{kind} {number}' for kind, number in failed.items())})"
     if later := next_retry(job, run, set(missing)):
         what += f", {later}"
-    waiting = [name for name, edge in job.edges.items() if not _complete(edge, graph, run)]
-    return what + (f", after {', '.join(job.edges[name].job for name in waiting)}" if waiting else "")
+    waiting = dict.fromkeys(edge.job for edge in job.edges.values() if not _complete(edge, graph, run))
+    return what + (f", after {', '.join(waiting)}" if waiting else "")
 
 
 def next_retry(job: Job, run: Run, missing: AbstractSet[int]) -> str:

@@ -59,14 +59,10 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose second shard of rank failed for good: the file that it reads lost its end."""
+    """A run whose second shard of rank failed for good: a file lies where its attempts keep their work."""
     run = tmp_path_factory.mktemp("cli") / "broken"
     assert launch_main([*SMALL, f"run_dir={run}", "drive=prepare"]) == 0
-    for shard in (0, 1):
-        assert main(["work", str(run), "iter-00/generate", "--shard", str(shard)]) == 0
-    payload = rows_of(run)
-    shutil.copy(payload, payload.parents[5] / "whole.parquet")
-    os.truncate(payload, payload.stat().st_size - 7)
+    in_the_way(run).touch()
     assert launch_main([*SMALL, f"run_dir={run}"]) == 1
     return run
 
@@ -81,7 +77,7 @@ def failed(broken: Path, tmp_path: Path) -> Path:
 def whole(broken: Path) -> Path:
     """The same run, mended and launched again until it was finished."""
     run = Path(shutil.copytree(broken, broken.parent / "finished"))
-    shutil.copy(rows_of(run).parents[5] / "whole.parquet", rows_of(run))
+    in_the_way(run).unlink()
     assert launch_main([*SMALL, f"run_dir={run}"]) == 0
     return run
 
@@ -92,10 +88,9 @@ def finished(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def rows_of(run: Path) -> Path:
-    """What the second shard of generate made."""
-    (path,) = run.glob("iter-00/generate/shards/00001/*/rows.parquet")
-    return path
+def in_the_way(run: Path) -> Path:
+    """Where the attempts at the second shard of rank keep their work."""
+    return run / "iter-00/rank/shards/00001"
 
 
 def snapshot(run: Path) -> dict[str, tuple[int, int]]:
@@ -112,7 +107,7 @@ def test_a_launch_that_cannot_go_on_says_which_shard_why_and_what_to_type(
     assert launch_main([*SMALL, f"run_dir={failed}"]) == 1
     said = capsys.readouterr().err
     assert f"RunFailed: {failed}: cannot go on." in said
-    assert "iter-00/rank shard 1: input_not_visible: InputNotVisible: " in said
+    assert "iter-00/rank shard 1: error: NotADirectoryError: " in said
     assert f"python -m aipo_hpc logs {failed} iter-00/rank 1" in said
     assert "Then type the same command again" in said
 
@@ -144,18 +139,18 @@ def test_plan_of_a_run_tells_what_is_done_and_what_would_be_sent_and_why(failed:
     assert said.code == 0
     assert "nothing: done" in " ".join(said.row("iter-00/generate"))
     rank = " ".join(said.row("iter-00/rank"))
-    assert "send 1: no sentinel of shard 1 (failed before: input_not_visible " in rank
+    assert "send 1: no sentinel of shard 1 (failed before: error " in rank
     assert "send all 1, after iter-00/rank" in " ".join(said.row("iter-00/pairs"))
     assert f"run directory: {failed}; nothing was submitted" in said.out
     assert snapshot(failed) == before
 
 
-def test_logs_show_the_failed_shard_with_message_and_traceback(failed: Path, command: Command) -> None:
+def test_logs_show_the_failed_shard_with_message_and_traceback(broken: Path, failed: Path, command: Command) -> None:
     for arguments in ((), ("iter-00/rank",), ("iter-00/rank", "1")):
         said = command("logs", failed, *arguments)
         assert said.code == 0
         assert said.out.count("== iter-00/rank shard 1, attempt ") == 1
-        assert "input_not_visible" in said.out and "rows.parquet: the sentinel of iter-00/generate shard 1" in said.out
+        assert ": error\nNotADirectoryError: " in said.out and str(in_the_way(broken)) in said.out
         assert "Traceback (most recent call last)" in said.out
     assert command("logs", failed, "iter-00/generate").out == "no shard has failed for good\n"
     assert command("logs", failed, "iter-00/rank", "0").out.startswith("iter-00/rank shard 0: done, attempt ")
@@ -196,9 +191,11 @@ def test_report_of_an_unfinished_run_says_so(failed: Path, command: Command) -> 
 
 def test_work_that_fails_is_recorded_and_has_exit_code_1(failed: Path, command: Command) -> None:
     before = len(Run(failed).job("iter-00/rank").failures())
+    (payload,) = failed.glob("iter-00/generate/shards/00001/*/rows.parquet")
+    os.truncate(payload, payload.stat().st_size - 7)
     said = command("work", failed, "iter-00/rank", "--shard", "1")
     assert said.code == 1
-    assert said.err.startswith("InputNotVisible: ") and "reset" in said.err
+    assert said.err.startswith("InputNotVisible: ") and "has the shard computed again" in said.err
     assert len(Run(failed).job("iter-00/rank").failures()) == before + 1
 
 
@@ -208,7 +205,7 @@ def test_cancel_of_a_run_that_nothing_drives_leaves_it_as_it_was(failed: Path, c
     assert "no driver; 0 submissions cancelled. The launch command resumes the run" in said.out
 
 
-def test_what_a_failed_shard_needed_can_be_reset_and_the_launch_command_finishes(
+def test_what_failed_can_be_reset_with_what_it_needed_and_the_launch_command_finishes(
     failed: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = command("reset", failed, "iter-00/generate")
@@ -286,6 +283,7 @@ def test_without_a_command_all_are_listed(command: Command) -> None:
         assert [line.split()[0] for line in said.out.splitlines() if line.startswith("  ")] == [
             "launch",
             "plan",
+            "doctor",
             *COMMANDS,
         ]
 

@@ -27,9 +27,9 @@ PROMPTS = "prompts.parquet"
 class CollectConfig:
     """How many prompts there are to be; told by the settings of instruct."""
 
-    num_prompts: int
-    near_duplicate: float
-    min_share: float
+    num_prompts: int = 1
+    near_duplicate: float = 0.7
+    min_share: float = 0.0
     resources: Resources = tuning(Resources(cpus_per_task=2, time=60))
 
 
