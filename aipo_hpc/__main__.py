@@ -233,9 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{given[0]!r} is not a command.{hint}", file=sys.stderr)
             print_usage()
             return 2
+        sys.stdout.flush()
     except AipoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:
+        # The reader has seen enough, as in `... | head`. What is left goes nowhere, also what Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aipo_hpc.chat import load_tokenizer, prompt_ids
+from aipo_hpc.rankers import from_texts
 from aipo_hpc.rankers.pairrm import PairRM
 from aipo_hpc.recipe import load_recipe
 from aipo_hpc.rows import Message
@@ -65,7 +66,9 @@ def test_the_ranker_prefers_good_answers_to_every_kind_of_bad_one(corpus):
             (item_of[prompt].answer, corpus.spoil(item_of[prompt], failure, everything, world["bad"], rng))
             for prompt in some
         ]
-        share = sum(ranking.ranks[0] < ranking.ranks[1] for ranking in ranker.rank(some, answers)) / len(some)
+        share = sum(ranking.ranks[0] < ranking.ranks[1] for ranking in ranker.rank(from_texts(some, answers))) / len(
+            some
+        )
         print(f"{failure:10} {share:.3f} of {len(some)} prompts whose wording is new to the ranker")
         assert share >= 0.75
     torch.set_num_threads(before)

@@ -116,6 +116,7 @@ def test_training_writes_a_model_that_transformers_loads_and_a_line_per_step(
     wanted = "loss grad_norm learning_rate nll rewards/chosen rewards/rejected rewards/accuracies rewards/margins"
     assert {*wanted.split(), "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected"} <= set(lines[0])
     assert outcome.rows == 20
+    scored = list(read_rows([rows], TrainRow))
     assert outcome.counts == {
         "pairs": 20,
         "steps": 5,
@@ -127,6 +128,7 @@ def test_training_writes_a_model_that_transformers_loads_and_a_line_per_step(
         "loss_last": lines[-1]["loss"],
         "reward_accuracy": pytest.approx(sum(line["rewards/accuracies"] for line in lines[2:]) / 3),
         "reward_margin": pytest.approx(sum(line["rewards/margins"] for line in lines[2:]) / 3),
+        "guard_reference_agreement": sum(row.ref_chosen_logps > row.ref_rejected_logps for row in scored) / len(scored),
     }
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -313,7 +315,8 @@ def kept_checkpoint(attempt: Path, step: int, **shape: int) -> Path:
     (folder / f"global_step{step}" / "optimizer.pt").write_bytes(b"moments")
     state, arguments = SimpleNamespace(global_step=step, is_world_process_zero=True), SimpleNamespace()
     arguments.output_dir = str(folder.parent)
-    checkpoints.MarkComplete(shape).on_save(arguments, state, None)
+    advanced = attempt / "advanced"
+    checkpoints.MarkComplete(shape, advanced.touch).on_save(arguments, state, None)
     return folder
 
 
