@@ -171,7 +171,8 @@ def parameters(resources: Resources, submission: Submission, *after: Submission,
 def test_what_sbatch_is_told_of_a_plain_shard() -> None:
     assert parameters(Resources(time=30), ARRAY) == {
         "job_name": NAME, "comment": "aipo-cafe iter-00/a", "nodes": 1, "ntasks_per_node": 1, "cpus_per_task": 1,
-        "time": 30, "srun_args": [], "array_parallelism": 256, "stderr_to_stdout": True, "additional_parameters": {},
+        "time": 30, "use_srun": False, "srun_args": [], "array_parallelism": 256, "stderr_to_stdout": True,
+        "signal_delay_s": 120, "additional_parameters": {"signal": "B:USR2@120"},
     }  # fmt: skip
 
 
@@ -188,7 +189,8 @@ def test_what_sbatch_is_told_of_a_gang_at_a_particular_site_after_another_job() 
         "job_name": NAME, "comment": "aipo-cafe iter-00/a", "nodes": 2, "ntasks_per_node": 8, "cpus_per_task": 4,
         "gpus_per_node": 8, "mem": "1536MB", "time": 60, "partition": "big", "account": "me", "qos": "high",
         "constraint": "h100", "exclude": "n[1-2]", "setup": ["module load cuda"],
-        "srun_args": ["--container-image=x", "--kill-on-bad-exit=1"], "array_parallelism": 256, "stderr_to_stdout": True,
+        "use_srun": True, "srun_args": ["--container-image=x", "--kill-on-bad-exit=1", "--cpus-per-task=4"],
+        "signal_delay_s": 120, "array_parallelism": 256, "stderr_to_stdout": True,
         "additional_parameters": {"reservation": "r", "dependency": "aftercorr:76", "kill-on-invalid-dep": "yes"},
     }  # fmt: skip
 
