@@ -94,8 +94,11 @@ class Recorded:
         self.requests: list[Request] = []
 
     def generate(self, requests: Any) -> Any:
-        self.requests = [request for several in requests for request in several]
-        return self._engine.generate(requests)
+        if self.requests:
+            return self._engine.generate(requests)
+        prompts = [list(several) for several in requests]
+        self.requests = [request for several in prompts for request in several]
+        return self._engine.generate(prompts)
 
 
 def main() -> None:
