@@ -7,7 +7,7 @@ from pathlib import Path
 import noop
 import payload
 
-from aipo_hpc.clusters import slurm
+from aipo_hpc.clusters import envelope, slurm
 from aipo_hpc.driver import Driver
 from aipo_hpc.graph import Edge, Job, make_graph
 from aipo_hpc.journal import Journal
@@ -20,7 +20,7 @@ from aipo_hpc.terminal import Screen
 if __name__ == "__main__":
     work = Path(sys.argv[1])
     plan = payload.read_plan(work)
-    slurm.SubmititEnvelope = noop.NoopEnvelope  # so that the node imports the benchmark's stage
+    envelope.SubmititEnvelope = noop.NoopEnvelope  # so that the node imports the benchmark's stage
     configs = [noop.NoopConfig(str(work), stage) for stage in (1, 2)]
     first = Job("iter-00/first", "noop", 0, plan.size, 0, configs[0], {}, configs[0].resources)
     inputs = {"first": Edge(first.name, noop.OUTPUT, "shard")}
