@@ -5,7 +5,6 @@ publishes the shard's sentinel last. Whatever goes wrong is recorded with its cl
 """
 
 import atexit
-import importlib
 import os
 import platform
 import shutil
@@ -116,7 +115,7 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         earlier=earlier,
         deaths=tuple(path for path in earlier if path.name in died),
     )
-    outcome: Outcome = importlib.import_module(stage.module).run(config, task)
+    outcome: Outcome = stage.module.run(config, task)
     if place.rank != 0:
         return
     sentinel = Sentinel(

@@ -66,7 +66,7 @@ def run(config: TouchConfig, task: Task) -> Outcome:
 
 def register() -> None:
     """Make the stage known, in this process."""
-    STAGES["touch"] = Stage("fakes", TouchConfig)  # type: ignore[index]
+    STAGES["touch"] = Stage("fakes:TouchConfig")  # type: ignore[index]
 
 
 register()

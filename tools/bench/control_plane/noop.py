@@ -37,4 +37,4 @@ class NoopEnvelope(SubmititEnvelope):
     """The package's own envelope, pickled by this module's name."""
 
 
-STAGES["noop"] = Stage("noop", NoopConfig)  # type: ignore[index]
+STAGES["noop"] = Stage("noop:NoopConfig")  # type: ignore[index]
