@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from aipo_hpc.clusters import Cluster
+from aipo_hpc.decision import Decision
 from aipo_hpc.driver import Driver, Tell
 from aipo_hpc.errors import ClusterError, SubmitRefused
 from aipo_hpc.journal import Journal
+from aipo_hpc.living import LOST_AFTER
 from aipo_hpc.recipe import Recipe
-from aipo_hpc.reconcile import LOST_AFTER, Decision
 from aipo_hpc.store import Run
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
 from aipo_hpc.damage import Inspector
+from aipo_hpc.decision import Decision, Element, RecordFailure, Submit, View
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
 from aipo_hpc.explain import explain
 from aipo_hpc.graph import Graph
@@ -23,7 +24,7 @@ from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.manifest import Manifests
 from aipo_hpc.pace import Pace, doomed
-from aipo_hpc.reconcile import Decision, Element, RecordFailure, Submit, View, reconcile
+from aipo_hpc.reconcile import reconcile
 from aipo_hpc.retention import Retention
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
 from aipo_hpc.store import Run

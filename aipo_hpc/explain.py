@@ -1,7 +1,7 @@
 """Why a run cannot go on, in words: which shards, their errors, and what to type."""
 
+from aipo_hpc.decision import GivenUp
 from aipo_hpc.failures import KINDS
-from aipo_hpc.reconcile import GivenUp
 from aipo_hpc.store import Run
 
 

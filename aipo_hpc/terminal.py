@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from aipo_hpc.decision import Decision, View
 from aipo_hpc.graph import Graph
 from aipo_hpc.plan import next_retry
-from aipo_hpc.reconcile import Decision, View
 from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
 

@@ -15,11 +15,11 @@ import pytest
 
 from aipo_hpc import driver, errors, journal, worker
 from aipo_hpc.clusters import Cluster, Limits, Submission, TaskState
+from aipo_hpc.decision import Decision, View
 from aipo_hpc.driver import Driver
 from aipo_hpc.graph import Edge, Graph, Job, make_graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
-from aipo_hpc.reconcile import Decision, View
 from aipo_hpc.record import job_record
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Output, Sentinel

@@ -11,13 +11,14 @@ from fakes import SLURM_LIKE, Clock, ScriptedCluster, TouchConfig, chain, driven
 
 from aipo_hpc.clusters import Submission, TaskState
 from aipo_hpc.clusters.inline import InlineCluster
+from aipo_hpc.decision import GivenUp
 from aipo_hpc.driver import Cancelled
 from aipo_hpc.errors import ClusterError, RunFailed, SubmitRefused
 from aipo_hpc.explain import explain
 from aipo_hpc.graph import Graph
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import request_cancel
-from aipo_hpc.reconcile import LOST_AFTER, GivenUp
+from aipo_hpc.living import LOST_AFTER
 from aipo_hpc.sentinel import Failure
 from aipo_hpc.store import Run
 

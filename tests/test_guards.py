@@ -29,7 +29,7 @@ LAYERS = {
     "engines": "engines.*",
     "recipe": "instruct_settings recipe arguments",
     "graph": "outside stage_table graph record drift preflight parity",
-    "execution": "reconcile damage worker here clusters.*",
+    "execution": "decision living room reconcile damage worker here clusters.*",
     "driver": "ledger model_card manifest retention explain driver chain cancel",
     "user": "plots summary lineage plan doctor terminal report launch __main__",
 }

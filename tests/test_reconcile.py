@@ -9,10 +9,12 @@ from fakes import SLURM_LIKE, TouchConfig, chain, touch
 
 from aipo_hpc.adjustment import Adjustment
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
+from aipo_hpc.decision import Decision, Submit, View
 from aipo_hpc.failures import FAST, KINDS
 from aipo_hpc.graph import Graph, make_graph
+from aipo_hpc.living import LOST_AFTER
 from aipo_hpc.pace import doomed
-from aipo_hpc.reconcile import LOST_AFTER, Decision, Submit, View, reconcile
+from aipo_hpc.reconcile import reconcile
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Failure
 
