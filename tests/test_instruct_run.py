@@ -1,24 +1,18 @@
-"""Whole runs whose prompts the policy makes: in this process, and its jobs on a real Slurm."""
+"""Whole runs whose prompts the policy makes."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sandbox import Sandbox
 from tiny_models import listing_model_folder, task
 
 from aipo_hpc.graph import build_graph
 from aipo_hpc.launch import launch
 from aipo_hpc.ledger import counts
 from aipo_hpc.recipe import Recipe
-from aipo_hpc.record import read_graph
 from aipo_hpc.report import new_prompts_table
 from aipo_hpc.rows import Prompt, Responses, read_rows
 from aipo_hpc.store import Run
@@ -53,16 +47,6 @@ def recipe(small_recipe: Recipe, listing: Path, tmp_path: Path) -> Recipe:
     )  # fmt: skip
 
 
-ARGUMENTS = [
-    "recipe=demo", "cluster=slurm", "iterations=1", "data.num_held_out=6", "generate.n=2", "generate.max_tokens=4",
-    "clusters.num_clusters=2", "instruct.engine=transformers", "instruct.dtype=float32", "instruct.num_prompts=12",
-    "instruct.num_shards=2", "instruct.batch_size=8", "instruct.max_tokens=60", "instruct.max_prompt_tokens=300",
-    "instruct.temperature=1", "instruct.top_p=1", "instruct.near_duplicate=0.9", "slurm.query_seconds=3", "poll_seconds=0.3",
-    "instruct.resources.gpus_per_node=0", "instruct.resources.cpus_per_task=1", "clusters.resources.cpus_per_task=1",
-    "instruct.collect_resources.cpus_per_task=1",
-]  # fmt: skip
-
-
 def prompts(run: Run, names: Iterable[str]) -> list[str]:
     graph_files = [path for name in names for path in sorted((run.path / name).glob("shards/*/*/prompts.parquet"))]
     return [row.prompt for row in read_rows(graph_files, Prompt)]
@@ -89,32 +73,3 @@ def test_two_iterations_answer_prompts_of_the_policys_own_making(recipe: Recipe)
 
     extended = launch(replace(recipe, iterations=3, drive="prepare"))
     assert prompts(extended, ["iter-00/collect", "iter-01/collect"]) == first + second
-
-
-def test_clusters_shards_and_their_collection_are_jobs_on_slurm(
-    slurm_sandbox: Sandbox, recipe: Recipe, tmp_path: Path
-) -> None:
-    run = Run(tmp_path / "run")
-    fields = [f"run_dir={run.path}", f"model_name_or_path={recipe.model_name_or_path}", f"prompts={recipe.prompts}"]
-    environment = {**os.environ, **slurm_sandbox.env, "OMP_NUM_THREADS": "1"}
-    log = tmp_path / "log.txt"
-    with log.open("w") as file:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "aipo_hpc.launch", *ARGUMENTS, *fields], env=environment, stdout=file, stderr=file
-        )
-    try:
-        deadline = time.monotonic() + 1200
-        while not (found := prompts(run, ["iter-00/collect"])):
-            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-    finally:
-        driver.kill()
-        driver.wait()
-        subprocess.run([sys.executable, "-m", "aipo_hpc", "cancel", str(run.path)], env=environment, check=False)
-    assert len(set(found)) == 12
-    graph = read_graph(run)
-    for name in ("clusters", "instruct", "collect"):
-        job = graph.jobs[f"iter-00/{name}"]
-        sentinels = run.job(job.name).done(graph.fingerprints[job.name])
-        assert len(sentinels) == job.num_shards
-        assert all("slurm_job_id" in sentinel.scheduler for sentinel in sentinels.values())
