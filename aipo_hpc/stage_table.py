@@ -47,7 +47,7 @@ STAGES: Mapping[str, Stage] = {
     "pairs": Stage("aipo_hpc.stages.pairs:PairsConfig", version=2),
     "reference": Stage("aipo_hpc.stages.reference:ReferenceConfig", version=2),
     "train": Stage("aipo_hpc.stages.train:TrainConfig"),
-    "evaluate": Stage("aipo_hpc.stages.evaluate:EvaluateConfig", version=2),
+    "evaluate": Stage("aipo_hpc.stages.evaluate:EvaluateConfig", version=3),
     "benchmark": Stage("aipo_hpc.stages.benchmark:AnswersConfig"),
     "answer_files": Stage("aipo_hpc.stages.answer_files:AnswerFilesConfig"),
 }

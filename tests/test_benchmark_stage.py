@@ -15,7 +15,7 @@ from aipo_hpc.graph import Edge, build_graph
 from aipo_hpc.launch import launch
 from aipo_hpc.outside import Outside
 from aipo_hpc.preflight import resolve
-from aipo_hpc.progress import PROGRESS, ROWS
+from aipo_hpc.progress import PROGRESS, ROWS, Progress
 from aipo_hpc.recipe import Recipe, load_recipe
 from aipo_hpc.rows import Responses, read_rows
 from aipo_hpc.stages import answer_files, benchmark
@@ -111,10 +111,15 @@ def test_answers_depend_neither_on_sharding_nor_on_a_kill(questions, tiny_model,
 def test_asked_to_leave_it_stops_between_batches_and_another_attempt_goes_on(
     questions, tiny_model, tmp_path, monkeypatch
 ):
-    asked = iter([leaving.NOT_ASKED] * 2)  # before each request; then until the end
+    append = Progress.append
+
+    def append_and_be_asked(self, row):
+        append(self, row)
+        leaving.ask(leaving.STOP)
+
     with monkeypatch.context() as patched:
-        patched.setattr(leaving, "asked", lambda: next(asked, leaving.STOP))
-        patched.setattr(leaving, "_asked", leaving.STOP)
+        patched.setattr(leaving, "_asked", leaving.NOT_ASKED)
+        patched.setattr(Progress, "append", append_and_be_asked)
         first = task(tmp_path / "first", questions, tiny_model)
         with pytest.raises(leaving.Left, match="iter-00/answers-mt_bench shard 0"):
             benchmark.run(CONFIG, first)

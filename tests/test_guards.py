@@ -22,7 +22,7 @@ LAYERS = {
     "words": "errors leaving settings resources identity processes sentinel rows task allowance pace adjustment fine_tuning "
     "clusters engines rankers rankers.config seeds selection filters decontamination mixing guard seed_pool deduplication "
     "instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
-    "files": "own_code chat_templates durable ownership failures store journal lease progress suspects",
+    "files": "own_code chat_templates durable ownership failures store journal lease progress suspects sampling",
     "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "
     "sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",

@@ -5,20 +5,22 @@ shard's questions to one turn are sampled together, each at its question's tempe
 answers are kept as they finish. A turn that cannot be answered has its error in the row, and so have those after it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from aipo_hpc import leaving
 from aipo_hpc.benchmarks import BenchmarkConfig, Question, load_benchmark, read_questions
 from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import PROMPT_TOO_LONG, Candidate, Message, Responses
+from aipo_hpc.sampling import in_batches, sample
 from aipo_hpc.seeds import derived_seed
 from aipo_hpc.settings import tuning
 from aipo_hpc.stages.generate import GenerateConfig, shard_of
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -63,24 +65,16 @@ def run(config: AnswersConfig, task: Task) -> Outcome:
     """Answer this shard's questions with the input ``policy``."""
     questions = shard_of(read_questions(config.name, Path(str(task.inputs["questions"].value))), task)
     policy = task.inputs["policy"].model
-    engine: Engine | None = None
+    suspects = Suspects(task)
+    tools: tuple[PreTrainedTokenizerBase, Callable[[], Engine]] | None = None
     with Progress(task, Responses) as progress:
         for turn in range(max((len(question.turns) for question in questions), default=0)):
             asked = {row_id(question, turn): question for question in questions if turn < len(question.turns)}
-            waiting = {name: question for name, question in asked.items() if name not in progress}
-            if not waiting:
+            if all(name in progress for name in asked):
                 continue
-            if engine is None:
-                from aipo_hpc.chat import load_tokenizer
-                from aipo_hpc.engines import load_engine
-
-                tokenizer, engine = load_tokenizer(policy), load_engine(config, policy)
+            tools = tools or _tools(config, policy)
             begun = {name: conversation(question, turn, config, progress) for name, question in asked.items()}
-            for row in _answer(asked, waiting, begun, turn, config, task, tokenizer, engine):
-                if row.prompt_id not in progress:
-                    progress.append(row)
-            if not all(name in progress for name in asked):
-                leaving.here(f"{task.job} shard {task.shard}")
+            _answer(asked, begun, turn, config, task, progress, suspects, *tools)
         names = [row_id(question, turn) for question in questions for turn in range(len(question.turns))]
         outputs = progress.finish(names)
         rows = list(progress.rows(names))
@@ -91,6 +85,7 @@ def run(config: AnswersConfig, task: Task) -> Outcome:
         "tokens": sum(answer.num_tokens for answer in answers),
         "characters": sum(len(answer.response) for answer in answers),
         "truncated": sum(answer.finish_reason == "length" for answer in answers),
+        **suspects.counts,
         "taken_over": progress.num_taken_over,
     }
     return Outcome(len(rows), outputs, counts)
@@ -111,49 +106,47 @@ def conversation(
     return messages
 
 
+def _tools(config: AnswersConfig, policy: str) -> "tuple[PreTrainedTokenizerBase, Callable[[], Engine]]":
+    """The tokenizer, and what gives the engine, which is loaded once and not before it is needed."""
+    from aipo_hpc.chat import load_tokenizer
+    from aipo_hpc.engines import load_engine
+
+    return load_tokenizer(policy), cache(lambda: load_engine(config, policy))
+
+
 def _answer(
     asked: dict[str, Question],
-    waiting: dict[str, Question],
     begun: "dict[str, list[Message] | str]",
     turn: int,
     config: AnswersConfig,
     task: Task,
+    progress: Progress[Responses],
+    suspects: Suspects,
     tokenizer: "PreTrainedTokenizerBase",
-    engine: "Engine",
-) -> Iterator[Responses]:
-    """The rows of a turn that are waited for, and maybe others of the same batches."""
-
-    def row(name: str, candidates: list[Candidate], error: str | None) -> Responses:
-        messages = begun[name]
-        said = messages if isinstance(messages, list) else []
-        return Responses(name, asked[name].turns[turn], said, candidates, error)
-
+    engine: "Callable[[], Engine]",
+) -> None:
+    """Have the rows of a turn in ``progress``. Raises Left if this process was asked to leave before that."""
     from aipo_hpc.engines import prompts_per_batch
 
-    requests: dict[str, Request] = {}
+    def keep(name: str, candidates: list[Candidate], error: str | None) -> None:
+        if name not in progress:
+            said = messages if isinstance(messages := begun[name], list) else []
+            progress.append(Responses(name, asked[name].turns[turn], said, candidates, error))
+
+    requests: dict[str, list[Request]] = {}
     for name, question in asked.items():
         request = _ask(name, question, begun[name], config, task, tokenizer)
         if isinstance(request, str):
-            if name in waiting:
-                yield row(name, [], request)
+            keep(name, [], request)
         else:
-            requests[name] = request
-    # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
-    size = prompts_per_batch(config)
-    names = list(requests)
-    batches = [names[start : start + size] for start in range(0, len(names), size)]
-    wanted = [name for batch in batches if any(name in waiting for name in batch) for name in batch]
-    for done in engine.generate(_begun([requests[name] for name in wanted])):
+            requests[name] = [request]
+    for name in suspects.guilty:
+        if name in requests:
+            keep(name, [], suspects.reason)
+    size, where = prompts_per_batch(config), f"{task.job} shard {task.shard}"
+    for done in sample(in_batches(list(requests), size), size, requests, progress, suspects, engine, where):
         given = [] if done.error is not None else [Candidate(done.text.strip(), done.finish_reason, done.num_tokens)]
-        yield row(done.request.prompt_id, given, done.error)
-
-
-def _begun(requests: "Sequence[Request]") -> "Iterator[Sequence[Request]]":
-    """Requests as an engine takes them; none more once this process was asked to leave."""
-    for request in requests:
-        if leaving.asked() == leaving.STOP:
-            return
-        yield [request]
+        keep(done.request.prompt_id, given, done.error)
 
 
 def _ask(

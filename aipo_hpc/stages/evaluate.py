@@ -1,7 +1,8 @@
 """evaluate: Responses of the new policy and of the initial policy to held-out prompts -> Verdict, and metrics.
 
-Each prompt's two answers are ranked against each other by the recipe's ranker; a tie counts half. The standard error of the
-win rate is that of a mean over prompts. Beside it stands the win rate at equal lengths (``length_control.py``).
+Each prompt's two answers are ranked against each other by the recipe's ranker, as the rank stage does it: a few prompts at a
+time, kept as they are done. A tie counts half. The standard error of the win rate is that of a mean over prompts. Beside it
+stands the win rate at equal lengths (``length_control.py``).
 Files: ``verdicts.parquet``, ``metrics.json``.
 """
 
@@ -15,10 +16,13 @@ from typing import Any
 from aipo_hpc.benchmarks import BenchmarkConfig
 from aipo_hpc.errors import DataError
 from aipo_hpc.length_control import length_controlled
+from aipo_hpc.progress import Progress
 from aipo_hpc.rankers.config import RankerConfig
 from aipo_hpc.resources import Resources
-from aipo_hpc.rows import Responses, Verdict, read_rows, write_rows
+from aipo_hpc.rows import Ranked, Responses, Verdict, read_rows, write_rows
 from aipo_hpc.settings import memory_bound, tuning
+from aipo_hpc.stages.rank import rank_all
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 VERDICTS = "verdicts.parquet"
@@ -59,33 +63,32 @@ def judging(config: EvaluateConfig, ranking: RankerConfig) -> EvaluateConfig:
 
 def run(config: EvaluateConfig, task: Task) -> Outcome:
     """Judge the inputs ``answers`` against the inputs ``baseline``."""
-    from aipo_hpc.rankers import load_ranker
-
     baseline = {row.prompt_id: row for row in read_rows(task.inputs["baseline"].files, Responses)}
     answers = list(read_rows(task.inputs["answers"].files, Responses))
     both = [row for row in answers if row.candidates and baseline[row.prompt_id].candidates]
     if not both:
         errors = sorted({row.error for row in (*answers, *baseline.values()) if row.error})[:3]
         raise DataError(f"{task.job}: no held-out prompt was answered by both policies; first errors: {errors}")
-    models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
-    ranker = load_ranker(config, models, task.seed)
     asked = [replace(row, candidates=[row.candidates[0], baseline[row.prompt_id].candidates[0]]) for row in both]
-    rankings = ranker.rank(asked)
+    suspects = Suspects(task)
+    with Progress(task, Ranked) as progress:
+        rank_all(config, task, asked, progress, suspects)
+        ranked = list(progress.rows(row.prompt_id for row in asked))
     verdicts = [
-        judge(row, row.candidates[0].response, row.candidates[1].response, ranking.scores)
-        for row, ranking in zip(asked, rankings, strict=True)
-        if ranking.error is None
+        judge(row, row.candidates[0].response, row.candidates[1].response, row.scores)
+        for row in ranked
+        if row.error is None
     ]
     if not verdicts:
-        raise DataError(f"{task.job}: the ranker could not compare a single pair of answers: {rankings[0].error}")
+        raise DataError(f"{task.job}: the ranker could not compare a single pair of answers: {ranked[0].error}")
     metrics = summarize(verdicts)
-    counts = {**metrics, "not_judged": len(answers) - len(verdicts)}
+    counts = {**metrics, "not_judged": len(answers) - len(verdicts), **suspects.counts}
     write_rows(task.out / VERDICTS, verdicts, Verdict)
     (task.out / METRICS).write_text(json.dumps(counts, indent=1) + "\n")
     return Outcome(len(verdicts), (VERDICTS, METRICS), counts)
 
 
-def judge(row: Responses, mine: str, theirs: str, scores: Sequence[float]) -> Verdict:
+def judge(row: Ranked, mine: str, theirs: str, scores: Sequence[float]) -> Verdict:
     """Turn two scores (new policy, initial policy) into a verdict."""
     margin = scores[0] - scores[1]
     win = 0.5 if mine == theirs or margin == 0 else float(margin > 0)

@@ -6,15 +6,16 @@ A prompt that the engine refuses is recorded with its error and skipped; finishe
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from aipo_hpc import leaving
 from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import PROMPT_TOO_LONG, PROMPT_TOO_SHORT, Candidate, Message, Prompt, Responses, read_rows
+from aipo_hpc.sampling import in_batches, sample
 from aipo_hpc.seeds import derived_seed
 from aipo_hpc.settings import tuning
 from aipo_hpc.suspects import Suspects
@@ -79,32 +80,26 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
         if waiting:
             tokenizer = load_tokenizer(policy)
             asked = {prompt.prompt_id: _ask(prompt, tokenizer, config, task) for prompt in prompts}
+            requests = {prompt_id: made for prompt_id, made in asked.items() if not isinstance(made, str)}
             for prompt in waiting:
-                if isinstance(error := asked[prompt.prompt_id], str):
+                error = suspects.reason if prompt.prompt_id in suspects.guilty else asked[prompt.prompt_id]
+                if isinstance(error, str):
                     progress.append(Responses(prompt.prompt_id, prompt.prompt, prompt.messages, [], error))
-            accepted = {prompt.prompt_id: prompt for prompt in prompts if not isinstance(asked[prompt.prompt_id], str)}
-            for prompt_id in suspects.guilty:
-                if prompt_id in accepted and prompt_id not in progress:
-                    prompt = accepted[prompt_id]
-                    progress.append(Responses(prompt_id, prompt.prompt, prompt.messages, [], suspects.reason))
-            # Batches keep the composition they have in an undisturbed shard, so whole batches are asked for again.
+            accepted = {prompt.prompt_id: prompt for prompt in prompts if prompt.prompt_id in requests}
+            answers = {prompt_id: _answer(prompt, tokenizer, config) for prompt_id, prompt in accepted.items()}
             size = prompts_per_batch(config)
-            batches = _batches(list(accepted), size if size > 1 else max(1, len(accepted)))
-            rounds = suspects.rounds(list(batches), progress)
-            engine = load_engine(config, policy) if rounds else None
-            ours = (
-                {prompt_id: _answer(accepted[prompt_id], tokenizer, config) for prompt_id in accepted} if rounds else {}
+            done = sample(
+                in_batches(list(accepted), size),
+                size,
+                requests,
+                progress,
+                suspects,
+                cache(lambda: load_engine(config, policy)),
+                f"{task.job} shard {task.shard}",
             )
-            for batch in itertools.chain.from_iterable(rounds):
-                leaving.here(f"{task.job} shard {task.shard}")
-                assert engine is not None
-                wanted = batch if size > 1 else [prompt_id for prompt_id in batch if prompt_id not in progress]
-                requests = _requests(wanted, asked, suspects)
-                for row in _collect(accepted, engine.generate(requests), plan(config), ours):
-                    if row.prompt_id not in progress:
-                        progress.append(row)
-        if not all(prompt.prompt_id in progress for prompt in prompts):
-            leaving.here(f"{task.job} shard {task.shard}")
+            for row in _collect(accepted, done, plan(config), answers):
+                if row.prompt_id not in progress:
+                    progress.append(row)
         outputs = progress.finish(prompt.prompt_id for prompt in prompts)
         counts = _counts(list(progress.rows(prompt.prompt_id for prompt in prompts)))
         return Outcome(len(prompts), outputs, {**counts, **suspects.counts, "taken_over": progress.num_taken_over})
@@ -154,23 +149,6 @@ def put(prompt: Prompt, system_message: str | None, keep: bool = True) -> Prompt
     if system_message is None or prompt.messages[0].role == "system":
         return prompt
     return replace(prompt, messages=[Message("system", system_message), *prompt.messages])
-
-
-def _batches(prompt_ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(prompt_ids), size):
-        yield prompt_ids[start : start + size]
-
-
-def _requests(
-    prompt_ids: Sequence[str], asked: "Mapping[str, list[Request] | str]", suspects: Suspects
-) -> "Iterator[list[Request]]":
-    """The requests of prompts, each noted as begun when the engine takes it."""
-    for prompt_id in prompt_ids:
-        if leaving.asked() == leaving.STOP:
-            return  # what is in flight is still finished, if there is time
-        if not isinstance(requests := asked[prompt_id], str):
-            suspects.begin([prompt_id])
-            yield requests
 
 
 def _ask(

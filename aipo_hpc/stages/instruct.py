@@ -16,9 +16,9 @@ Files: ``rows.parquet`` (Call rows, those that were judged), ``prompts.parquet``
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from aipo_hpc import leaving
@@ -28,9 +28,11 @@ from aipo_hpc.instruct_filters import BLOCKED_WORDS, request_text, stop_text
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Call, Clustered, NewPrompt, Prompt, read_rows, write_rows
+from aipo_hpc.sampling import sample
 from aipo_hpc.seed_pool import SeedPool, of_shard
 from aipo_hpc.seeds import derived_seed
 from aipo_hpc.settings import tuning
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Outcome, Task
 
 if TYPE_CHECKING:
@@ -97,9 +99,9 @@ def run(config: InstructConfig, task: Task) -> Outcome:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     wanted = share(config, task)
-    calls = Calls(
-        config, task, tokenizer, seed_pool(config, task, count), math.ceil(wanted * config.max_calls_per_prompt)
-    )
+    suspects = Suspects(task)
+    most = math.ceil(wanted * config.max_calls_per_prompt)
+    calls = Calls(config, task, tokenizer, seed_pool(config, task, count), suspects, most)
     harvest = Harvest(rules(config), wanted, count, known(task))
     judged: list[str] = []
     with Progress(task, Call) as progress:
@@ -127,6 +129,7 @@ def run(config: InstructConfig, task: Task) -> Outcome:
         "tasks": len(harvest.kept) + len(harvest.dropped),
         "kept": len(harvest.kept),
         **{f"dropped_{reason}": number for reason, number in reasons},
+        **suspects.counts,
         "taken_over": taken_over,
     }
     return Outcome(len(harvest.kept), (*outputs, PROMPTS, DROPPED), counts)
@@ -136,7 +139,13 @@ class Calls:
     """The calls of a shard, by number, up to ``most`` of them."""
 
     def __init__(
-        self, config: InstructConfig, task: Task, tokenizer: "PreTrainedTokenizerBase", pool: SeedPool, most: int
+        self,
+        config: InstructConfig,
+        task: Task,
+        tokenizer: "PreTrainedTokenizerBase",
+        pool: SeedPool,
+        suspects: Suspects,
+        most: int,
     ) -> None:
         self.most = most
         self.cluster = pool.cluster
@@ -144,6 +153,7 @@ class Calls:
         self._task = task
         self._tokenizer = tokenizer
         self._pool = pool
+        self._suspects = suspects
         self._engine: Engine | None = None
         self._where = f"{task.job} shard {task.shard}"
 
@@ -156,30 +166,47 @@ class Calls:
 
         Batches keep the composition that they have in an undisturbed shard, so whole batches are asked for again.
         """
-        leaving.here(f"{self._task.job} shard {self._task.shard}")
+        leaving.here(self._where)
         size = prompts_per_batch(self._config)
-        refused: list[Call] = []
-        asked: dict[str, Call] = {}
-        batches: list[list[Request]] = []
+        rows: dict[str, Call] = {}
+        requests: dict[str, list[Request]] = {}
+        batches: list[Sequence[str]] = []
         for start in range(call // size * size, min(self.most, call + number), size):
             batch = range(start, min(self.most, start + size))
             if all(self.name(each) in progress or harvest.is_closed(self.cluster(each)) for each in batch):
                 continue
-            requests: list[Request] = []
+            names: list[str] = []
             for each in batch:
                 row, request = self._ask(each)
-                if request is None:
-                    refused.append(row)
-                else:
-                    asked[row.call_id] = row
-                    requests.append(request)
-            batches.append(requests)
+                if row.call_id in self._suspects.guilty:
+                    row = replace(row, error=self._suspects.reason)
+                if row.error is not None and row.call_id not in progress:
+                    progress.append(row)
+                if request is not None:
+                    rows[row.call_id], requests[row.call_id] = row, [request]
+                    names.append(row.call_id)
+            batches.append(names)
         if size == 1:
             batches = [list(chain.from_iterable(batches))]
-        for row in chain(refused, self._sample(asked, batches, size)):
-            if row.call_id not in progress:
-                progress.append(row)
+        for done in sample(batches, size, requests, progress, self._suspects, self._loaded, self._where):
+            name = done.request.prompt_id
+            if name not in progress:
+                progress.append(
+                    replace(
+                        rows[name],
+                        text=done.text,
+                        finish_reason=done.finish_reason,
+                        num_tokens=done.num_tokens,
+                        error=done.error,
+                    )
+                )
         leaving.here(self._where)
+
+    def _loaded(self) -> Engine:
+        """The engine, which is loaded once and not before it is needed."""
+        if self._engine is None:
+            self._engine = load_engine(self._config, self._task.inputs["policy"].model)
+        return self._engine
 
     def _ask(self, call: int) -> tuple[Call, Request | None]:
         """The row of a call before it is made, and its request; none where the row says why it cannot be made."""
@@ -193,22 +220,6 @@ class Calls:
             return replace(row, error=error), None
         stop = stop_text(len(seeds.prompts), config.tasks_per_call)
         return row, Request(row.call_id, 0, tuple(ids), derived_seed("call", *identity), (stop,))
-
-    def _sample(self, asked: Mapping[str, Call], batches: Iterable[Sequence[Request]], size: int) -> Iterator[Call]:
-        """Sample batch by batch; where the engine batches by itself (``size`` 1), a wish to leave is heard in between."""
-        for batch in filter(None, batches):
-            leaving.here(self._where)
-            if self._engine is None:
-                self._engine = load_engine(self._config, self._task.inputs["policy"].model)
-            stay = takewhile(lambda request: size > 1 or leaving.asked() != leaving.STOP, batch)
-            for done in self._engine.generate([request] for request in stay):
-                yield replace(
-                    asked[done.request.prompt_id],
-                    text=done.text,
-                    finish_reason=done.finish_reason,
-                    num_tokens=done.num_tokens,
-                    error=done.error,
-                )
 
 
 def share(config: InstructConfig, task: Task) -> int:

@@ -43,24 +43,35 @@ def run(config: RankConfig, task: Task) -> Outcome:
         for row in responses:
             if row.error is not None and row.prompt_id not in progress:
                 progress.append(_ranked(row, failed(row.error), []))
-        to_rank = {row.prompt_id: row for row in responses if row.error is None}
-        for prompt_id in suspects.guilty:
-            if prompt_id in to_rank and prompt_id not in progress:
-                progress.append(_ranked(to_rank[prompt_id], failed(suspects.reason), []))
-        if any(prompt_id not in progress for prompt_id in to_rank):
-            models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
-            ranker = load_ranker(config, models, task.seed)
-            rounds = suspects.rounds(list(_chunks(list(to_rank), ranker.prompts_per_call)), progress)
-            for chunk in ([to_rank[each] for each in batch] for batches in rounds for batch in batches):
-                leaving.here(f"{task.job} shard {task.shard}")
-                suspects.begin([row.prompt_id for row in chunk])
-                for row, ranking in zip(chunk, ranker.rank(chunk), strict=True):
-                    if row.prompt_id not in progress:
-                        progress.append(_ranked(row, ranking, opinions(config.ranker, ranking)))
+        rank_all(config, task, [row for row in responses if row.error is None], progress, suspects)
         prompt_ids = [row.prompt_id for row in responses]
         outputs = progress.finish(prompt_ids)
         counts = count(list(progress.rows(prompt_ids)))
     return Outcome(rows=len(responses), outputs=outputs, counts={**counts, **suspects.counts})
+
+
+def rank_all(
+    config: RankerConfig, task: Task, rows: Sequence[Responses], progress: Progress[Ranked], suspects: Suspects
+) -> None:
+    """Have a ranking of each row in ``progress``, by the models in the inputs ``ranker...``.
+
+    Raises Left if this process was asked to leave before that.
+    """
+    to_rank = {row.prompt_id: row for row in rows}
+    for prompt_id in suspects.guilty:
+        if prompt_id in to_rank and prompt_id not in progress:
+            progress.append(_ranked(to_rank[prompt_id], failed(suspects.reason), []))
+    if all(prompt_id in progress for prompt_id in to_rank):
+        return
+    models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
+    ranker = load_ranker(config, models, task.seed)
+    rounds = suspects.rounds(list(_chunks(list(to_rank), ranker.prompts_per_call)), progress)
+    for chunk in ([to_rank[each] for each in batch] for batches in rounds for batch in batches):
+        leaving.here(f"{task.job} shard {task.shard}")
+        suspects.begin([row.prompt_id for row in chunk])
+        for row, ranking in zip(chunk, ranker.rank(chunk), strict=True):
+            if row.prompt_id not in progress:
+                progress.append(_ranked(row, ranking, opinions(config.ranker, ranking)))
 
 
 def opinions(ranker: str, ranking: Ranking) -> list[Opinion]:

@@ -140,6 +140,7 @@ def _score_all(
                 errors[row.prompt_id] = f"log-probabilities {row.ref_chosen_logps} and {row.ref_rejected_logps}"
             elif row.prompt_id not in progress:
                 progress.append(row)
+        suspects.end([row.prompt_id for row in batch if row.prompt_id not in progress])
 
 
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", pair: Pair) -> TrainRow | str:
