@@ -37,6 +37,10 @@ class View:
     nodes: Mapping[str, AbstractSet[str]] = field(default_factory=dict)
     """Nodes on which shards of a job were finished."""
 
+    def state(self, element: Element) -> TaskState | None:
+        """What the scheduler said of an element."""
+        return self.states.get(element[0], {}).get(element[1])
+
 
 @dataclass(frozen=True)
 class Submit:

@@ -23,7 +23,6 @@ from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.manifest import Manifests
-from aipo_hpc.pace import Pace, doomed
 from aipo_hpc.reconcile import reconcile
 from aipo_hpc.retention import Retention
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
@@ -62,7 +61,7 @@ class Driver:
         self._show = show
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
-        self._pace = Pace(cluster.limits.query_interval)
+        self._asked = float("-inf")
         self.unheard = False
         """The scheduler did not answer the last query."""
         self._over_since: dict[Element, float] = {}
@@ -131,8 +130,8 @@ class Driver:
         done, failures = self._files()
         pending = self._unfinished(done, failures)
         now = time.time()
-        if pending and self._pace.allows(now, urgent=self._awaits_news(pending, failures)):
-            self._pace.asked(now)
+        if pending and now - self._asked >= self._cluster.limits.query_interval:
+            self._asked = now
             try:
                 self._states = self._cluster.states(pending)
                 self._queried = now
@@ -183,14 +182,6 @@ class Driver:
         """Whether the scheduler has been asked since this element told its failure, and does not call it alive."""
         state = self._states.get(element[0], {}).get(element[1])
         return self._queried >= self._failed_since[element] and not (state is not None and state.alive)
-
-    def _awaits_news(self, pending: Sequence[Submission], failures: Mapping[str, Sequence[Failure]]) -> bool:
-        """Whether a shard is sent again as soon as the scheduler says of an element what the files let expect."""
-        told = (failure for each in failures.values() for failure in each if not failure.by_driver)
-        names = {submission.name for submission in pending}
-        elements = (failure.element for failure in told)
-        failed = any(each is not None and each[0] in names and not self._heard_over(each) for each in elements)
-        return failed or any(doomed(pending, failures))
 
     def _unfinished(
         self, done: Mapping[str, Mapping[int, Sentinel]], failures: Mapping[str, Sequence[Failure]]

@@ -37,7 +37,7 @@ class Journal:
                 name=event["name"],
                 job=event["job"],
                 shards=tuple(event["shards"]),
-                after=tuple(Dependency(**each) for each in event["after"]),
+                after=tuple(Dependency(**{**each, "indices": tuple(each["indices"])}) for each in event["after"]),
                 fence=event["fence"],
                 time=event["time"],
                 adjustment=read_adjustment(event.get("adjustment", {})),

@@ -5,6 +5,7 @@ It keeps no state, so a driver may die anywhere and another goes on by the same 
 * a shard with a valid sentinel is done, whatever the scheduler says; without one it is not;
 * a shard of a living element is left alone, also while the scheduler's view is older than its submission;
 * an element that ended without a sentinel and without a recorded failure gets one recorded, of the scheduler's class;
+* one that recorded its failure is replaced behind itself: what is sent waits in the scheduler until it is over there;
 * one that the scheduler does not know is neither done nor failed until it has been looked for some time;
 * missing shards whose inputs are done are submitted; where the cluster knows dependencies, also those whose inputs are
   being computed: element by element against an array of the same shards, else against all of them;
@@ -22,14 +23,14 @@ from aipo_hpc.damage import answerable
 from aipo_hpc.decision import Decision, GivenUp, Submit, View
 from aipo_hpc.failures import FAST, Standing, bad_nodes, standings
 from aipo_hpc.graph import Edge, Graph, Job
-from aipo_hpc.living import Living, by_shard, look
+from aipo_hpc.living import MOST_NAMED, Living, look, named
 from aipo_hpc.room import Room
 
 
 def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
-    elements, record = look(view.submissions, view, limits)
-    alive = by_shard(elements)
+    living = look(view.submissions, view, limits)
+    alive = living.by_shard
     jobs = [job for job in graph.jobs.values() if job.resources is not None]
     held = answerable(view.failures)
     bad = bad_nodes(held, _good_nodes(view), view.fence)
@@ -37,9 +38,9 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     given_up = [given for job in jobs for given in _given_up(job, standing[job.name], view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
     submit: list[Submit] = []
-    room = Room(limits, view.room, [graph.jobs[element.submission.job] for element in elements])
+    room = Room(limits, view.room, [graph.jobs[element.submission.job] for element in living.elements])
     waiting: dict[str, dict[int, float]] = {}
-    if not record:
+    if not living.record:
         for job in jobs:
             missing = [
                 shard
@@ -55,19 +56,19 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
                 waiting[job.name] = later
             missing = [shard for shard in missing if shard not in later]
             for adjustment, shards in _by_adjustment(missing, stands, bad).items():
-                for send in _submissions(job, shards, graph, view, alive, limits):
+                for send in _submissions(job, shards, graph, view, living, limits):
                     submit += room.fit(job, replace(send, adjustment=adjustment))
     finished = all(len(view.done.get(job.name, ())) == job.num_shards for job in graph.jobs.values())
     return Decision(
         tuple(submit),
-        tuple(record),
+        tuple(living.record),
         tuple(given_up),
         {job: {shard: element.running for shard, element in shards.items()} for job, shards in alive.items()},
         finished,
         room.held,
         waiting,
         bad,
-        any(not element.sure for shards in alive.values() for element in shards.values()),
+        any(not element.sure for element in living.elements),
     )
 
 
@@ -99,62 +100,68 @@ def _by_adjustment(
 
 
 def _submissions(
-    job: Job, missing: Sequence[int], graph: Graph, view: View, alive: Living, limits: Limits
+    job: Job, missing: Sequence[int], graph: Graph, view: View, living: Living, limits: Limits
 ) -> Iterable[Submit]:
     """The submissions that would cover the missing shards whose inputs are there or on their way."""
     if not missing:
         return
     whole = [edge for edge in job.edges.values() if edge.by == "all"]
     by_shard = [edge for edge in job.edges.values() if edge.by == "shard"]
-    waits_for: list[Submission] = []
+    after: tuple[Dependency, ...] = ()
     for edge in whole:
         rest = set(range(graph.jobs[edge.job].num_shards)) - set(view.done.get(edge.job, ()))
         if not rest:
             continue
-        on_their_way = _on_their_way(edge, rest, graph, view, alive, limits)
+        on_their_way = _on_their_way(edge, rest, graph, view, living, limits)
         if on_their_way is None:
             return
-        waits_for += on_their_way
-    after = tuple(Dependency(submission.name, "afterok") for submission in _each_once(waits_for))
+        after = tuple(dict.fromkeys((*after, *on_their_way)))
     ready = [shard for shard in missing if all(shard in view.done.get(edge.job, ()) for edge in by_shard)]
-    yield from _chunks(job, ready, after, limits)
+    for chunk in _chunks(ready, limits):
+        yield Submit(job.name, chunk, (*after, *living.behind(job.name, chunk)))
     if not limits.dependencies or len(by_shard) != 1:
         return
     (edge,) = by_shard
     rest = set(missing) - set(ready)
-    living = alive.get(edge.job, {})
-    for submission in _each_once(living[shard].submission for shard in rest if shard in living):
+    inputs = living.by_shard.get(edge.job, {})
+    for submission in _each_once(inputs[shard].submission for shard in rest if shard in inputs):
+        shards = submission.shards
         # Element i of the one array waits for element i of the other, so both must hold the same shards.
-        if rest.issuperset(submission.shards) and _on_their_way(
-            edge, set(submission.shards), graph, view, alive, limits
-        ):
-            kind = "aftercorr" if len(submission.shards) > 1 else "afterok"
-            yield Submit(job.name, submission.shards, (*after, Dependency(submission.name, kind)))
+        same = rest.issuperset(shards) and all(
+            shard in inputs and inputs[shard].submission is submission for shard in shards
+        )
+        if same and _on_their_way(edge, set(shards), graph, view, living, limits):
+            input_done = Dependency(submission.name, "aftercorr" if len(shards) > 1 else "afterok")
+            yield Submit(job.name, shards, (*after, input_done, *living.behind(job.name, shards)))
 
 
 def _on_their_way(
-    edge: Edge, shards: set[int], graph: Graph, view: View, alive: Living, limits: Limits
-) -> list[Submission] | None:
-    """The submissions that compute these shards of an input, or None if one of them is not being computed.
+    edge: Edge, shards: set[int], graph: Graph, view: View, living: Living, limits: Limits
+) -> tuple[Dependency, ...] | None:
+    """Dependencies on what computes these shards of an input, or None if one of them is not being computed.
 
     One whose id is not known cannot be named to the cluster, and one that is over or unknown there gates nothing: they
-    are waited for here. Only one step ahead: what waits for its own inputs is not waited for, or one failure would take
-    the whole chain along.
+    are waited for here. Of a submission that has failed in part, the elements are named. Only one step ahead: what waits
+    for its own inputs is not waited for, or one failure would take the whole chain along.
     """
-    living = alive.get(edge.job, {})
-    if not limits.dependencies or not all(shard in living and living[shard].sure for shard in shards):
+    inputs = living.by_shard.get(edge.job, {})
+    if not limits.dependencies or not all(shard in inputs and inputs[shard].sure for shard in shards):
         return None
     for source in graph.jobs[edge.job].edges.values():
         if len(view.done.get(source.job, ())) < graph.jobs[source.job].num_shards:
             return None
-    found = _each_once(living[shard].submission for shard in sorted(shards))
-    return None if any(submission.id is None for submission in found) else found
+    found = [inputs[shard] for shard in sorted(shards)]
+    rest = [element for element in found if element.submission.name in living.broken]
+    if any(element.submission.id is None for element in found) or len(rest) > MOST_NAMED:
+        return None
+    sound = _each_once(element.submission for element in found if element.submission.name not in living.broken)
+    return (*(Dependency(submission.name, "afterok") for submission in sound), *named("afterok", rest))
 
 
 def _each_once(submissions: Iterable[Submission]) -> list[Submission]:
     return list({submission.name: submission for submission in submissions}.values())
 
 
-def _chunks(job: Job, shards: Sequence[int], after: tuple[Dependency, ...], limits: Limits) -> Iterable[Submit]:
+def _chunks(shards: Sequence[int], limits: Limits) -> Iterable[tuple[int, ...]]:
     for start in range(0, len(shards), limits.max_array_size):
-        yield Submit(job.name, tuple(shards[start : start + limits.max_array_size]), after)
+        yield tuple(shards[start : start + limits.max_array_size])

@@ -19,7 +19,7 @@ MODULES = {
 """Modules by their names inside the package; the package itself is the empty name."""
 
 LAYERS = {
-    "words": "errors leaving settings resources identity processes sentinel rows task allowance pace adjustment fine_tuning "
+    "words": "errors leaving settings resources identity processes sentinel rows task allowance adjustment fine_tuning "
     "clusters engines rankers rankers.config seeds selection filters decontamination mixing guard seed_pool deduplication "
     "instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
     "files": "own_code chat_templates durable ownership failures store journal lease progress suspects sampling",

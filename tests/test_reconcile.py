@@ -12,8 +12,7 @@ from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.decision import Decision, Submit, View
 from aipo_hpc.failures import FAST, KINDS
 from aipo_hpc.graph import Graph, make_graph
-from aipo_hpc.living import LOST_AFTER
-from aipo_hpc.pace import doomed
+from aipo_hpc.living import LOST_AFTER, MOST_NAMED
 from aipo_hpc.reconcile import reconcile
 from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Failure
@@ -181,23 +180,69 @@ def test_an_element_whose_failure_was_recorded_for_the_scheduler_is_over_whateve
     assert Submit(A, (2,)) in decision.submit and decision.record == ()
 
 
-def test_a_task_that_said_why_it_failed_is_only_replaced_once_the_scheduler_calls_it_over() -> None:
+@pytest.mark.parametrize(
+    ("state", "queried", "gated"),
+    [
+        (RUNS, NOW, True),
+        (WAITS, NOW, True),
+        (over("killed"), NOW - 50, True),
+        (over("killed"), NOW, False),
+        (ENDED, NOW, False),
+        (None, NOW, False),
+    ],
+)
+def test_a_task_that_said_why_it_failed_is_replaced_behind_itself_until_the_scheduler_calls_it_over(
+    state: TaskState | None, queried: float, gated: bool
+) -> None:
     """It may be on its way out, or have been requeued: a second one beside it would do its work twice."""
-    array = sent("s-1", A, (2,))
-    failures = {A: [failed(2, "error", "s-1.0.r0")]}
-    for state, queried, replaced in (
-        (RUNS, NOW, False),
-        (WAITS, NOW, False),
-        (over("killed"), NOW - 50, False),
-        (over("killed"), NOW, True),
-        (ENDED, NOW, True),
-        (None, NOW, True),
-    ):
-        states = {} if state is None else all_of(array, state)
-        given = {"queried": queried, "failed_since": {("s-1", 0): NOW - 20}}
-        decision = decide(chain(), submissions=(array,), states=states, failures=failures, **given)
-        assert any(2 in submit.shards for submit in decision.submit if submit.job == A) == replaced
-        assert decision.record == () and not decision.stuck
+    array = sent("s-1", A, (1, 2))
+    states = {"s-1": {0: RUNS} if state is None else {0: RUNS, 1: state}}
+    failures = {A: [failed(2, "error", "s-1.1.r0")]}
+    given: dict[str, Any] = {
+        "queried": queried, "failed_since": {("s-1", 1): NOW - 20}, "done": {A: {0, 3}}, "submissions": (array,),
+        "states": states, "failures": failures,
+    }  # fmt: skip
+    behind = (Dependency("s-1", "afterany", (1,)),) if gated else ()
+    decision = decide(chain(), **given)
+    assert decision.submit[0] == Submit(A, (2,), behind) and decision.record == () and not decision.stuck
+    alone = decide(chain(), replace(SLURM_LIKE, dependencies=False), **given)
+    assert (Submit(A, (2,)) in alone.submit) == (not gated), "where the cluster knows no dependency, it is waited for"
+    unnamed = decide(chain(), **{**given, "submissions": (replace(array, id=None),)})
+    assert (Submit(A, (2,)) in unnamed.submit) == (not gated), "nor can it be named without an id"
+
+
+def test_of_many_that_failed_together_each_is_waited_for() -> None:
+    many = range(MOST_NAMED + 1)
+    array = sent("s-1", A, many)
+    failures = {A: [failed(shard, "error", f"s-1.{shard}.r0") for shard in many]}
+    given = {"failures": failures, "submissions": (array,), "states": all_of(array, RUNS)}
+    assert decide(chain(len(many)), **given).submit == ()
+    over_now = {**given, "states": all_of(array, ENDED)}
+    assert decide(chain(len(many)), **over_now).submit == (Submit(A, tuple(many)),)
+
+
+def test_what_waits_in_vain_is_replaced_behind_itself_together_with_what_failed() -> None:
+    arrays = (sent("s-1", A, ALL), sent("s-2", B, ALL, corr("s-1")), sent("s-3", A, (2,)))
+    states = {**all_of(arrays[0], RUNS), **all_of(arrays[1], WAITS), **all_of(arrays[2], WAITS)}
+    given: dict[str, Any] = {"submissions": arrays, "states": states, "queried": NOW}
+    failures = {A: [failed(2, "error", "s-1.2.r0")]}
+    behind = Dependency("s-2", "afterany", (2,))
+    decision = decide(chain(), failures=failures, **given)
+    assert decision.submit == (Submit(B, (2,), (ok("s-3"), behind)),)
+    assert decide(chain(), **given).submit == (), "nothing has failed, nothing waits in vain"
+    runs = {**given, "states": {**states, "s-2": {**dict.fromkeys(ALL, WAITS), 2: RUNS}}}
+    assert decide(chain(), failures=failures, **runs).submit == (), "it runs all the same: its input is there"
+    damaged = {A: [failed(2, "damaged", "s-1.2.r0")]}
+    assert B not in {submit.job for submit in decide(chain(), failures=damaged, **given).submit}
+
+
+def test_a_job_that_needs_all_names_the_elements_of_an_array_that_has_failed_in_part() -> None:
+    """As a whole it never succeeds: what waited for that would be cancelled and sent again, over and over."""
+    arrays = (sent("s-1", B, ALL), sent("s-2", B, (3,)))
+    states = {"s-1": {0: RUNS, 1: RUNS, 2: ENDED, 3: over("killed")}, "s-2": {0: RUNS}}
+    failures = {B: [failed(3, "error", "s-1.3.r0")]}
+    decision = decide(chain(), done={A: {*ALL}, B: {2}}, submissions=arrays, states=states, failures=failures)
+    assert decision.submit == (Submit(C, (0,), (ok("s-2"), Dependency("s-1", "afterok", (0, 1)))),)
 
 
 # -- overlap ---------------------------------------------------------------------------------------------------------
@@ -469,24 +514,6 @@ def test_the_record_of_a_silent_death_tells_the_node_and_how_long_it_ran() -> No
 
 
 # -- what is known to be lost before the scheduler says so -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "failures", "expected"),
-    [
-        ("aftercorr", (), []),
-        ("aftercorr", ("s-1.2.r0",), [("s-2", 2)]),
-        ("aftercorr", ("s-1.2.r0", "s-2.2.driver"), []),
-        ("afterok", ("s-1.2.r0",), [("s-2", 0), ("s-2", 1), ("s-2", 2), ("s-2", 3)]),
-        ("afterok", ("s-3.0.r0",), []),
-    ],
-)
-def test_elements_are_doomed_by_the_failure_of_what_they_wait_for(
-    kind: str, failures: tuple[str, ...], expected: list[tuple[str, int]]
-) -> None:
-    waiting = sent("s-2", B, range(4), Dependency("s-1", kind))
-    recorded = {A: [failed(2, "error", attempt) for attempt in failures]}
-    assert list(doomed([waiting], recorded)) == expected
 
 
 def test_an_element_that_never_ran_because_its_input_failed_is_sent_again_without_waiting_for_files() -> None:

@@ -10,7 +10,7 @@ from fakes import TouchConfig, chain, child_environment, eventually, write_run
 from sandbox import Sandbox
 
 from aipo_hpc.clusters import Dependency, Submission, TaskState
-from aipo_hpc.clusters.slurm import SlurmCluster
+from aipo_hpc.clusters.slurm import SlurmCluster, dependency
 from aipo_hpc.clusters.slurm_answers import expand, parse_sacct, parse_squeue, task_state
 from aipo_hpc.errors import ClusterError, SubmitRefused
 from aipo_hpc.graph import Graph, Job
@@ -60,6 +60,22 @@ def test_what_is_cancelled_before_it_ran_because_its_input_failed_is_no_failure_
     assert task_state("CANCELLED", 0, WAITING, "", "").kind == "dependency"
     assert task_state("CANCELLED", 9, WAITING, "", "n1").kind == "cancelled", "it ran: somebody cancelled it"
     assert task_state("CANCELLED", 0, ARRAY, "", "").kind == "cancelled", "it waited for nothing"
+    behind = replace(ARRAY, after=(Dependency("aipo-cafe-6", "afterany", (1,)),))
+    assert task_state("CANCELLED", 0, behind, "", "").kind == "cancelled", "that another ends is never in vain"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shards", "told"),
+    [
+        (Dependency("x", "afterok"), (4, 5, 9), "afterok:76"),
+        (Dependency("x", "afterok", (0, 2)), (4, 5, 9), "afterok:76_0:76_2"),
+        (Dependency("x", "afterany", (0,)), (4,), "afterany:76"),
+    ],
+)
+def test_a_dependency_names_a_job_or_elements_of_an_array(
+    wanted: Dependency, shards: tuple[int, ...], told: str
+) -> None:
+    assert dependency(wanted, Submission("x", "iter-00/x", shards, (), 1, 0.0, "76")) == told
 
 
 @pytest.mark.parametrize(
@@ -133,8 +149,10 @@ class Site:
         self.sent: list[Submission] = []
         self.label = f"aipo-{time.time_ns() % 10**9}"
 
-    def send(self, shards: tuple[int, ...], job: str = A, after: Submission | None = None) -> Submission:
-        waits = () if after is None else (Dependency(after.name, "aftercorr" if len(shards) > 1 else "afterok"),)
+    def send(
+        self, shards: tuple[int, ...], job: str = A, after: Submission | None = None, how: str = "aftercorr", *at: int
+    ) -> Submission:
+        waits = () if after is None else (Dependency(after.name, how, at),)
         made = Submission(f"{self.label}-{len(self.sent) + 1}", job, shards, waits, 1, time.time())
         identifier = self.cluster.submit(self.run, self.graph.jobs[job], made, () if after is None else (after,))
         self.sent.append(replace(made, id=identifier))
@@ -235,6 +253,22 @@ def test_a_shard_starts_when_its_own_input_is_done(site: Site) -> None:
     reader = site.send((0, 1, 2), "iter-00/b", source)
     assert eventually(lambda: site.done("iter-00/b") == {0, 1, 2}, 90)
     assert eventually(lambda: site.over(reader), 60)
+
+
+def test_what_is_sent_behind_an_element_of_an_array_waits_for_that_one_alone(site: Site) -> None:
+    site.hold.touch()
+    array = site.send((0, 1, 2))
+    behind = site.send((1,), A, array, "afterany", 1)
+    needs = site.send((0,), A, array, "afterok", 0, 2)
+    assert eventually(lambda: all(state.running for state in site.states(array).values()), 60)
+    time.sleep(2)
+    assert [state.running for state in site.states(behind).values()] == [False], "it waits"
+    site.sandbox.run("scancel", f"{array.id}_1")
+    assert eventually(lambda: [state.running for state in site.states(behind).values()] == [True], 60)
+    assert [site.states(array)[index].running for index in (0, 2)] == [True, True], "the others went on"
+    site.hold.unlink()
+    assert eventually(lambda: site.over(needs) and site.over(behind), 60)
+    assert [state.kind for each in (behind, needs) for state in site.states(each).values()] == [None, None]
 
 
 def test_a_submission_whose_answer_was_lost_is_found_by_its_name(site: Site) -> None:

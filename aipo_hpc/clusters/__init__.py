@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dependency:
-    """``after`` (a submission's name) must succeed first: as a whole (afterok), or element by element (aftercorr)."""
+    """What must come first of another submission, ``after`` (its name).
+
+    It succeeds as a whole (afterok) or element by element (aftercorr), or it is over (afterany).
+    """
 
     after: str
     kind: str
+    indices: tuple[int, ...] = ()
+    """The elements meant; none named: all."""
 
 
 @dataclass(frozen=True)

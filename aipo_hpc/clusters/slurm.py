@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import submitit
 from submitit.core.job_environment import JobEnvironment
 
-from aipo_hpc.clusters import Limits, Submission, TaskState
+from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import MAX_REQUEUES, SubmititEnvelope, envelopes, notice
 from aipo_hpc.clusters.slurm_answers import is_ours, parse_sacct, parse_squeue
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
@@ -138,8 +138,8 @@ class SlurmCluster:
         exclude = [*([config.exclude] if config.exclude else []), *adjustment.exclude]
         additional = dict(config.sbatch_args)
         if after:
-            kinds = {dependency.after: dependency.kind for dependency in submission.after}
-            additional["dependency"] = ",".join(f"{kinds[each.name]}:{each.id}" for each in after)
+            sent = {each.name: each for each in after}
+            additional["dependency"] = ",".join(dependency(each, sent[each.after]) for each in submission.after)
             additional["kill-on-invalid-dep"] = "yes"
         seconds, srun_args = notice(resources, adjustment.time), list(config.srun_args)
         if resources.nodes * resources.tasks_per_node > 1:
@@ -245,6 +245,12 @@ def site_parameters(config: "SlurmConfig", resources: "Resources") -> dict[str, 
         "setup": list(config.setup) or None,
         "stderr_to_stdout": True,
     }
+
+
+def dependency(wanted: Dependency, on: Submission) -> str:
+    """What sbatch is told of a dependency; the only element of a submission is a job of its own, not one of an array."""
+    elements = [f"{on.id}_{index}" for index in wanted.indices] if len(on.shards) > 1 else []
+    return ":".join([wanted.kind, *(elements or [str(on.id)])])
 
 
 def run_label(submission: Submission) -> str:

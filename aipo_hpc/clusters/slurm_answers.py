@@ -106,6 +106,6 @@ def task_state(state: str, ran: int, submission: Submission, detail: str, nodes:
     if word not in _OVER:
         return TaskState(alive=True, running=word in ("RUNNING", "COMPLETING"), node=node, seconds=ran)
     kind = _OVER[word]
-    if kind == "cancelled" and ran == 0 and submission.after:
+    if kind == "cancelled" and ran == 0 and any(dependency.kind != "afterany" for dependency in submission.after):
         kind = "dependency"
     return TaskState(alive=False, kind=kind, detail=f"Slurm: {state}, {detail}", node=node, seconds=ran)
