@@ -50,6 +50,10 @@ _FULL = re.compile(
 """Answers that say that this user, or everybody, has too many jobs waiting and running already."""
 
 
+_NOT_SBATCHS = frozenset({"setup", "stderr_to_stdout"})
+"""What submitit does by itself; the rest of its parameters of a job's shape are sbatch's options."""
+
+
 class SlurmCluster:
     """The cluster whose client commands are on PATH (and that SLURM_CONF selects)."""
 
@@ -94,20 +98,9 @@ class SlurmCluster:
                 ) from error
 
     def _test_arguments(self, resources: "Resources") -> list[str]:
-        config = self._config
-        options = {
-            "nodes": resources.nodes,
-            "ntasks-per-node": resources.tasks_per_node,
-            "cpus-per-task": resources.cpus_per_task,
-            "gpus-per-node": resources.gpus_per_node or None,
-            "mem": f"{int(resources.mem_gb * 1024)}M" if resources.mem_gb else None,
-            "time": resources.time,
-            "partition": resources.partition or config.partition,
-            "account": config.account,
-            "qos": config.qos,
-            "constraint": config.constraint,
-            **config.sbatch_args,
-        }
+        shape = site_parameters(self._config, resources)
+        options = {name.replace("_", "-"): value for name, value in shape.items() if name not in _NOT_SBATCHS}
+        options.update(self._config.sbatch_args)
         return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
     def submit(self, run: "Run", job: "Job", submission: Submission, after: Sequence[Submission]) -> str:
