@@ -39,6 +39,16 @@ def test_a_killed_command_is_typed_again_until_it_finishes(tmp_path: Path) -> No
     assert (user.launches, user.exits) == (2, [])
 
 
+def test_a_command_that_ended_well_is_typed_once_more_when_that_is_wanted(tmp_path: Path) -> None:
+    user = a_user(tmp_path, "")
+    attend(user, lambda: user.finished)
+    user.attend(lambda: 0)
+    assert user.launches == 1
+    user.type_once_more()
+    attend(user, lambda: user.finished)
+    assert user.launches == 2
+
+
 def test_a_command_that_fails_for_ever_without_getting_further_needs_a_human(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

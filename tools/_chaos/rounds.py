@@ -82,7 +82,7 @@ def disturbed(
         try:
             gremlin.disturb(seconds)
             # What was damaged just before the last look at it is found by who comes next.
-            user.finished = False
+            user.type_once_more()
             Gremlin(world, seed, most=0).disturb(seconds)
         except HumanNeededError as error:
             outcome = Outcome(gremlin.injected, user.launches, commands=1)

@@ -56,6 +56,11 @@ class User:
             self._process = subprocess.Popen(self.argv, env=self.environment, stdout=output, stderr=output)
         self.launches += 1
 
+    def type_once_more(self) -> None:
+        """Have the command started again, though it has ended well."""
+        self.finished = False
+        self._process = None
+
     def kill(self) -> bool:
         """SIGKILL to the command; False if it was not running."""
         if not self.running:
