@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,32 @@ def a_user(folder: Path, script: str) -> User:
     return User([sys.executable, "-c", script], os.environ, folder / "log")
 
 
-def attend(user: User, until: Callable[[], bool], progress: Callable[[], int] = lambda: 0) -> None:
+@dataclass
+class Seen:
+    """What a user sees of a run."""
+
+    progress: Callable[[], int] = lambda: 0
+    whole: bool = True
+    goes_on: bool = False
+
+    def complete(self) -> bool:
+        return self.whole
+
+    def at_work(self) -> bool:
+        return self.goes_on
+
+    def num_done(self) -> int:
+        return self.progress()
+
+
+NOTHING = Seen()
+
+
+def attend(user: User, until: Callable[[], bool], run: Seen = NOTHING) -> None:
     deadline = time.monotonic() + 60
     while not until():
         assert time.monotonic() < deadline
-        user.attend(progress)
+        user.attend(run)
         time.sleep(0.02)
 
 
@@ -42,10 +63,23 @@ def test_a_killed_command_is_typed_again_until_it_finishes(tmp_path: Path) -> No
 def test_a_command_that_ended_well_is_typed_once_more_when_that_is_wanted(tmp_path: Path) -> None:
     user = a_user(tmp_path, "")
     attend(user, lambda: user.finished)
-    user.attend(lambda: 0)
+    user.attend(NOTHING)
     assert user.launches == 1
     user.type_once_more()
     attend(user, lambda: user.finished)
+    assert user.launches == 2
+
+
+def test_a_run_that_was_passed_on_is_left_alone_and_typed_again_when_nothing_of_it_is_at_work(tmp_path: Path) -> None:
+    user = a_user(tmp_path, "")
+    run = Seen(whole=False, goes_on=True)
+    attend(user, lambda: user.launches == 1 and not user.running, run)
+    user.attend(run)
+    assert user.launches == 1 and not user.finished
+    run.goes_on = False
+    attend(user, lambda: user.launches == 2 and not user.running, run)
+    run.whole = True
+    attend(user, lambda: user.finished, run)
     assert user.launches == 2
 
 
@@ -63,7 +97,7 @@ def test_a_command_that_fails_but_gets_further_is_typed_again(tmp_path: Path, mo
     monkeypatch.setattr(users, "PATIENCE", 1)
     user = a_user(tmp_path, "raise SystemExit(1)")
     done = iter(range(100))
-    attend(user, lambda: user.launches == 4 and not user.running, lambda: next(done))
+    attend(user, lambda: user.launches == 4 and not user.running, Seen(lambda: next(done)))
 
 
 def execution(begin: float, end: float, shard: int = 0) -> Execution:

@@ -36,7 +36,7 @@ class Gremlin:
         due = began + draw.uniform(*self.pause)
         try:
             while True:
-                self.world.user.attend(self.world.num_done)
+                self.world.user.attend(self.world)
                 now = time.monotonic()
                 if now - began > seconds:
                     raise HumanNeededError(f"not finished after {seconds:g} s; see {self.world.user.log}")

@@ -22,6 +22,7 @@ SMALL = (
 )  # fmt: skip
 """The demo, small in every way, with all its stages."""
 ON_SLURM = ("cluster=slurm", "slurm.query_seconds=2", "generate.resources.array_parallelism=4")
+CHAINED = ("drive=chain", "slurm.step_seconds=2")
 TWO_NODES = ("train.resources.nodes=2", "train.zero_stage=2")
 DISK = "400m"
 
@@ -76,7 +77,7 @@ def disturbed(
     with small_disk(folder / "disk") as may_fill:
         run_dir = folder / "disk" / "run"
         user = User(command(run_dir, *ON_SLURM, *fields), environment(conf), folder / "driver.log")
-        world = World(sandbox, conf, run_dir, user, may_fill)
+        world = World(sandbox, conf, run_dir, user, may_fill, chained=CHAINED[0] in fields)
         pause = (plan["shortest"], plan["longest"])
         gremlin = Gremlin(world, Random(seed).randrange(2**31), pause=pause, most=plan["faults"])
         try:

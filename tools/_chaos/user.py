@@ -2,11 +2,28 @@
 
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 PATIENCE = 12
 """Launches that may end in a row without anything new being done: more of them means that a human is needed."""
+
+
+class Watched(Protocol):
+    """What the user sees of the run."""
+
+    def complete(self) -> bool:
+        """Whether there is nothing more to do, once a launch has ended well."""
+        ...
+
+    def at_work(self) -> bool:
+        """Whether something of it waits or runs without a launch."""
+        ...
+
+    def num_done(self) -> int:
+        """How much is done, to tell whether typing helps."""
+        ...
 
 
 class HumanNeededError(Exception):
@@ -32,19 +49,21 @@ class User:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def attend(self, progress: Callable[[], int]) -> None:
-        """Start the command if it is not running; ``progress`` counts what is done, to tell whether that helps."""
+    def attend(self, run: Watched) -> None:
+        """Start the command if it is not running, and the run is neither complete nor goes on without it."""
         if self.running or self.finished:
             return
         if self._process is not None:
             code = self._process.returncode
-            if code == 0:
+            if code == 0 and run.complete():
                 self.finished = True
+                return
+            if code == 0 and run.at_work():
                 return
             if code > 0:
                 self.exits.append(self._last_words())
-            done = progress()
-            self._in_vain = self._in_vain + 1 if done == self._progress and code > 0 else 0
+            done = run.num_done()
+            self._in_vain = self._in_vain + 1 if done == self._progress and code >= 0 else 0
             self._progress = done
             if self._in_vain > PATIENCE:
                 raise HumanNeededError(

@@ -44,6 +44,8 @@ class World:
     user: User
     small_disk: bool
     """Whether the run directory lies on a disk of its own that may be filled."""
+    chained: bool = False
+    """Whether the launch passes the run on to steps in the scheduler."""
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -109,6 +111,18 @@ class World:
             assert graph is not None
             for _, sentinel in sorted(run.job(name).done(graph.fingerprints[name]).items()):
                 yield name, sentinel
+
+    def complete(self) -> bool:
+        """Whether all of the run is done; a launch that stays with it says so itself, by ending well."""
+        graph = self.graph()
+        return not self.chained or (
+            graph is not None and self.num_done() == sum(job.num_shards for job in graph.jobs.values())
+        )
+
+    def at_work(self) -> bool:
+        """Whether a job of the run waits or runs; with the controller down that is not known, and assumed."""
+        listed = self.slurm("squeue", "--noheader", "--format=%j")
+        return listed is None or any(name.startswith("aipo-") for name in listed.split())
 
     def num_done(self) -> int:
         return sum(1 for _ in self.finished())
