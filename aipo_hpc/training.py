@@ -7,7 +7,6 @@ reports/...      what ``report_to`` keeps
 """
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments, set_seed
 
-from aipo_hpc import checkpoints, leaving, lora, process_group
+from aipo_hpc import checkpoints, leaving, lora, process_group, trackers
 from aipo_hpc.fine_tuning import FineTuningConfig, gradient_accumulation_steps
 from aipo_hpc.metrics_file import MetricsFile
 from aipo_hpc.model_files import files_below, load_model, recompute_rotary, save_model
@@ -60,7 +59,8 @@ def arguments(
     kind: type[Arguments], config: FineTuningConfig, task: Task, place: Place, num_steps: int, **more: Any
 ) -> Arguments:
     """TrainingArguments of a training of ``num_steps`` optimizer steps; ``more`` are those of one stage alone."""
-    keep_reports_in(task.out / REPORTS)
+    if config.report_to != "none":
+        trackers.keep_in(task.out / REPORTS)
     return kind(
         output_dir=str(task.out / checkpoints.CHECKPOINTS),
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -93,13 +93,6 @@ def arguments(
         disable_tqdm=True,
         **more,
     )
-
-
-def keep_reports_in(folder: Path) -> None:
-    """Have trackers write below ``folder``, and none of them reach for a network."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = os.environ["TRACKIO_DIR"] = os.environ["WANDB_DIR"] = str(folder)
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_PROJECT", "aipo_hpc")
 
 
 def load_policy(config: FineTuningConfig, name: str, seed: int) -> Any:
@@ -146,7 +139,10 @@ def train_and_write(
     trainer.add_callback(checkpoints.MarkComplete(shape, task.advance))
     before_the_end = checkpoints.SaveBeforeTheEnd()
     trainer.add_callback(before_the_end)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        trackers.finish(config.report_to)
     if before_the_end.left:
         process_group.wait_for_all()
         raise leaving.Left(f"{task.job}: saved at step {trainer.state.global_step} before the time limit")
@@ -156,8 +152,9 @@ def train_and_write(
         return ()
     trainer.write_metrics()
     shutil.rmtree(task.out / checkpoints.CHECKPOINTS, ignore_errors=True)
-    written = [file for folder in (*folders, task.out / REPORTS) for file in files_below(folder)]
-    return tuple(sorted(file.relative_to(task.out).as_posix() for file in (*written, trainer.metrics_path)))
+    written = [file for folder in folders for file in files_below(folder)]
+    written += [*trackers.written_below(task.out / REPORTS), trainer.metrics_path]
+    return tuple(sorted(file.relative_to(task.out).as_posix() for file in written))
 
 
 def steps_done(resume: Path | None) -> int:

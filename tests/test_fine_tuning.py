@@ -1,6 +1,13 @@
 """What all trainings share: trackers, DeepSpeed's settings, refusals."""
 
+import contextlib
+import hashlib
 import importlib.util
+import json
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +16,7 @@ from training_tasks import PLAIN, largest_difference, launch, logs, metrics, sco
 
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.fine_tuning import refuse_missing_packages
+from aipo_hpc.recipe import Recipe, validate
 from aipo_hpc.stages.train import TrainConfig, run
 from aipo_hpc.training import deepspeed_config
 
@@ -23,31 +31,83 @@ def rows(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return scored_rows(tmp_path_factory.mktemp("rows") / "reference", 20, model)
 
 
-def test_tensorboard_gets_what_the_metrics_file_gets(
-    tmp_path: Path, rows: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tensorboard")
+def tensorboard_scalars(reports: Path, name: str) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name in ("TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    return [event.value for event in EventAccumulator(str(reports)).Reload().Scalars(f"train/{name}")]
+
+
+def wandb_scalars(reports: Path, name: str) -> list[float]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = reports.rglob("*.wandb")
+    found = []
+    for data in leveldb_log(path.read_bytes()):
+        for item in Record.FromString(data).history.item:
+            if "/".join((item.key, *item.nested_key)).strip("/") == f"train/{name}":
+                found.append(float(item.value_json))
+    return found
+
+
+def leveldb_log(data: bytes) -> Iterator[bytes]:
+    """Records of a file of wandb's: pieces of (checksum, length, whether it is the last of a record) in blocks of 32 KiB."""
+    block, at, record = 2**15, 7, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def trackio_scalars(reports: Path, name: str) -> list[float]:
+    with contextlib.closing(sqlite3.connect(reports / "aipo_hpc.db")) as database:
+        lines = [json.loads(line) for (line,) in database.execute("SELECT metrics FROM metrics ORDER BY step")]
+    return [line[f"train/{name}"] for line in lines if f"train/{name}" in line]
+
+
+def digests(folder: Path) -> dict[Path, bytes]:
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scalars", [tensorboard_scalars, wandb_scalars, trackio_scalars])
+def test_a_tracker_gets_what_the_metrics_file_gets_below_the_tasks_folder_and_is_done_with_the_training(
+    tmp_path: Path,
+    rows: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scalars: Callable[[Path, str], list[float]],
+) -> None:
+    name = scalars.__name__.removesuffix("_scalars")
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
+    for variable in ("TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
     monkeypatch.setenv("WANDB_API_KEY", "not-to-be-written")
-    task = train_task(tmp_path / "out", rows, model)
-    outcome = run(TrainConfig(**PLAIN, report_to="tensorboard"), task)
-    (events,) = [name for name in outcome.outputs if name.startswith("reports/")]
-    found = EventAccumulator(str(task.out / "reports")).Reload()
-    for name in ("rewards/margins", "regularization/alpha", "loss"):
-        logged = [event.value for event in found.Scalars(f"train/{name}")]
-        assert logged == pytest.approx([line[name] for line in metrics(task.out)], rel=1e-5, abs=1e-6)
-    assert not any(b"not-to-be-written" in path.read_bytes() for path in task.out.rglob("*") if path.is_file())
-    assert "tfevents" in events
+    first, second = train_task(tmp_path / "first", rows, model), train_task(tmp_path / "second", rows, model)
+    outcome = run(TrainConfig(**PLAIN, report_to=name), first)
+    reported = [each for each in outcome.outputs if each.startswith("reports/")]
+    found = digests(first.out)
+    assert reported and not any((first.out / each).is_symlink() for each in reported)
+    run(TrainConfig(**{**PLAIN, "beta": 0.2}, report_to=name), second)
+    assert digests(first.out) == found, "written to after its end"
+    for out in (first.out, second.out):
+        for metric in ("rewards/margins", "regularization/alpha", "loss"):
+            expected = [line[metric] for line in metrics(out)]
+            assert scalars(out / "reports", metric) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert not any(b"not-to-be-written" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    print(f"{name}: {len(metrics(first.out))} steps each of two trainings, in {reported}")
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_submitted(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"train.report_to='wandb' needs the package wandb.*pip install wandb"):
-        refuse_missing_packages(TrainConfig(report_to="wandb"))
+        validate(replace(small_recipe, train=replace(small_recipe.train, report_to="wandb")))
     refuse_missing_packages(TrainConfig())
     with pytest.raises(RecipeError, match=r"train.report_to='tensorbord' is not known. Did you mean 'tensorboard'"):
         TrainConfig(report_to="tensorbord")

@@ -24,7 +24,7 @@ LAYERS = {
     "instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
     "files": "own_code chat_templates durable ownership failures store journal lease progress suspects sampling",
     "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "
-    "sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
+    "trackers sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "instruct_settings recipe arguments",
