@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fakes import Clock, chain, write_run
 from pairrm_checkpoint import Checkpoint, build_checkpoint
 from sandbox import Sandbox, running_sandbox
 from tiny_models import tiny_model_folder
 
+from aipo_hpc.graph import Graph
 from aipo_hpc.recipe import Recipe, load_recipe
+from aipo_hpc.store import Run
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # the order of sums decides the last bit
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
@@ -62,3 +65,21 @@ def small_recipe(tmp_path: Path) -> Recipe:
         generate=replace(demo.generate, n=3, max_tokens=12),
         train=replace(demo.train, num_train_epochs=1, save_steps=1, global_batch_size=8, per_device_train_batch_size=4),
     )
+
+
+@pytest.fixture
+def graph() -> Graph:
+    """Three jobs: by shard, and all of them; a test module may have another."""
+    return chain()
+
+
+@pytest.fixture
+def run(tmp_path: Path, graph: Graph) -> Run:
+    """A run of the graph, with nothing done."""
+    return write_run(tmp_path / "run", graph)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time, for driver and journal."""
+    return Clock().install(monkeypatch)

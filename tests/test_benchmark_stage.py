@@ -1,12 +1,10 @@
 """The stage benchmark and the files made of it, with a small real model."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from aipo_hpc import leaving
 from aipo_hpc.benchmarks import FAILED, BenchmarkConfig
@@ -33,14 +31,6 @@ CONFIG = AnswersConfig(
     engine="transformers", name="mt_bench", temperature=0.7, top_k=50, max_tokens=8, max_prompt_tokens=120,
     dtype="float32", batch_size=2,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

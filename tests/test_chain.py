@@ -65,16 +65,6 @@ class FakeSteps:
 
 
 @pytest.fixture
-def graph() -> Graph:
-    return chain()
-
-
-@pytest.fixture
-def run(tmp_path: Path, graph: Graph) -> Run:
-    return write_run(tmp_path / "run", graph)
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(time.time()).install(monkeypatch)
     monkeypatch.setattr(chains, "time", clock)

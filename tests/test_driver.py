@@ -25,21 +25,6 @@ from aipo_hpc.store import Run
 A, B, C = "iter-00/a", "iter-00/b", "iter-00/c"
 
 
-@pytest.fixture
-def graph() -> Graph:
-    return chain()
-
-
-@pytest.fixture
-def run(tmp_path: Path, graph: Graph) -> Run:
-    return write_run(tmp_path / "run", graph)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock().install(monkeypatch)
-
-
 def sent(cluster: ScriptedCluster) -> list[tuple[str, tuple[int, ...]]]:
     return [(submission.job, submission.shards) for submission in cluster.taken]
 

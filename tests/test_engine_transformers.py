@@ -20,14 +20,6 @@ PROMPT = tuple(range(30, 42))
 CHI_SQUARE_999 = {9: 27.88, 19: 43.82}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(**changes: Any) -> GenerateConfig:
     settings = {"engine": "transformers", "dtype": "float32", "max_tokens": 16, "temperature": 0.9, "top_k": 0}
     return GenerateConfig(**{**settings, **changes})

@@ -21,14 +21,6 @@ from aipo_hpc.task import Input, Outcome, Task
 CONFIG = EvaluateConfig(ranker="pairrm")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def answer(number: int, text: str | None) -> Responses:
     """An answer to prompt ``number``; None: there is none."""
     prompt = f"Question {number}: why does water boil?"

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_models import tiny_model_folder
 
 from aipo_hpc import engines
@@ -28,14 +27,6 @@ from aipo_hpc.task import Input, Task
 CONFIG = GenerateConfig(
     engine="transformers", n=2, max_tokens=8, max_prompt_tokens=40, dtype="float32", batch_size=2, temperature=0.9
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prompts(number: int) -> list[Prompt]:

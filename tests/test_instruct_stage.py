@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from aipo_hpc import leaving
 from aipo_hpc.chat import load_tokenizer
@@ -30,14 +29,6 @@ CONFIG = InstructConfig(
 )
 RULES = Rules(2, (), 1, 100, 0.7, None, 10)
 WORDS = "red blue green small large old new dog cat bird fish tree river stone house city moon sun star rain".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prompts(texts: Sequence[str]) -> list[Prompt]:

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 
 import pytest
-import torch
 from pairrm_checkpoint import Checkpoint, build_checkpoint
 
 from aipo_hpc.errors import DataError, RecipeError
@@ -39,14 +38,6 @@ NON_ASCII = (
 needs_llm_blender = pytest.mark.skipif(
     importlib.util.find_spec("llm_blender") is None, reason="needs the extra llm-blender"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

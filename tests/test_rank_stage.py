@@ -20,14 +20,6 @@ from aipo_hpc.stages.rank import RankConfig
 from aipo_hpc.task import Input, Task
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Checkpoint:
     return build_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -25,16 +25,6 @@ def graph() -> Graph:
     return make_graph([touch(A, 4)])
 
 
-@pytest.fixture
-def run(tmp_path: Path, graph: Graph) -> Run:
-    return write_run(tmp_path / "run", graph)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock().install(monkeypatch)
-
-
 def over(kind: str, node: str = "n1", seconds: float = 5.0) -> TaskState:
     return TaskState(alive=False, kind=kind, detail=f"Slurm: {kind}", node=node, seconds=seconds)
 

@@ -25,14 +25,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def llama(folder: Path, **changes: Any) -> Path:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

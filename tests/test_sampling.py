@@ -11,7 +11,6 @@ import pytest
 import test_benchmark_stage
 import test_evaluate_stage
 import test_instruct_stage
-import torch
 from pairrm_checkpoint import Checkpoint
 from test_benchmark_stage import questions  # noqa: F401
 from training_tasks import pair, reference_task
@@ -30,12 +29,8 @@ REASON = Suspects.reason
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_nothing_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaving, "_asked", leaving.NOT_ASKED)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import OUT, chain, finish, sentinel, small_disk, write_run
+from fakes import OUT, chain, finish, sentinel, small_disk
 
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.graph import Graph
@@ -21,16 +21,6 @@ from aipo_hpc.sentinel import Failure, Sentinel
 from aipo_hpc.store import JobFolder, Run
 
 JOB = "iter-00/a"
-
-
-@pytest.fixture
-def graph() -> Graph:
-    return chain()
-
-
-@pytest.fixture
-def run(tmp_path: Path, graph: Graph) -> Run:
-    return write_run(tmp_path / "run", graph)
 
 
 def done_folder(run: Run) -> Path:
