@@ -69,7 +69,9 @@ def living_shards(run: Run, graph: Graph) -> dict[str, dict[int, bool]]:
     for submission, states in _living(run, graph, None):
         for index, state in states.items():
             if state.alive:
-                alive.setdefault(submission.job, {})[submission.shards[index]] = state.running
+                living = alive.setdefault(submission.job, {})
+                shard = submission.shards[index]
+                living[shard] = state.running or living.get(shard, False)
     return alive
 
 

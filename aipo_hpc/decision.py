@@ -13,6 +13,20 @@ Element = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """What is known of shards that several tasks do together, or could."""
+
+    extra: Sequence[Submission] = ()
+    """Submissions of extra tasks for shards that are not done, also those that are over."""
+    left: AbstractSet[Element] = frozenset()
+    """Extra tasks that are over because nothing was left for them."""
+    took: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """How long the finished shards of a job took, in seconds, where its last shards could be shared."""
+    unclaimed: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """How many blocks of those last shards nobody has begun."""
+
+
+@dataclass(frozen=True)
 class View:
     """One look at the world."""
 
@@ -36,6 +50,7 @@ class View:
     """When a task's own record of its failure was first seen."""
     nodes: Mapping[str, AbstractSet[str]] = field(default_factory=dict)
     """Nodes on which shards of a job were finished."""
+    shared: Sharing = Sharing()
 
     def state(self, element: Element) -> TaskState | None:
         """What the scheduler said of an element."""
@@ -50,6 +65,8 @@ class Submit:
     shards: tuple[int, ...]
     after: tuple[Dependency, ...] = ()
     adjustment: Adjustment = AS_ASKED
+    extra: bool = False
+    """Each element is one more task for its shard."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from aipo_hpc.manifest import Manifests
 from aipo_hpc.reconcile import reconcile
 from aipo_hpc.retention import Retention
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
+from aipo_hpc.sharing import SharedShards
 from aipo_hpc.store import Run
 
 Tell = Callable[[str], None]
@@ -71,6 +72,7 @@ class Driver:
         self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
+        self._shared = SharedShards(run, graph, journal, cluster, tell)
 
     def follow(self, poll_seconds: float, stay: Callable[[Decision], bool] = lambda decision: True) -> bool:
         """Drive until the run is finished: True. False: with nothing to do for now, ``stay`` says not to wait here.
@@ -153,7 +155,7 @@ class Driver:
         return View(
             done={name: sentinels.keys() for name, sentinels in done.items()},
             failures=failures,
-            submissions=pending,
+            submissions=[each for each in pending if not each.extra],
             states=self._states,
             queried=self._queried,
             over_since=self._over_since,
@@ -162,6 +164,7 @@ class Driver:
             room=self._allowance.at(time.time()),
             failed_since=self._failed_since,
             nodes={name: _nodes(sentinels.values()) for name, sentinels in done.items()},
+            shared=self._shared.look(done),
         )
 
     def _files(self) -> tuple[dict[str, Mapping[int, Sentinel]], dict[str, list[Failure]]]:
@@ -257,6 +260,7 @@ class Driver:
                 node=record.node,
                 seconds=record.seconds,
                 progressed=self._run.job(record.job).advanced(record.shard, f"{record.submission}.{record.index}"),
+                extra=submission.extra,
             )
         )
         self._over_since.pop((record.submission, record.index), None)
@@ -267,7 +271,7 @@ class Driver:
         """Send shards off; False if the scheduler has no room for them now."""
         self._check_lease()
         submission = self._journal.intend(
-            self._run_id, submit.job, submit.shards, submit.after, adjustment=submit.adjustment
+            self._run_id, submit.job, submit.shards, submit.after, submit.adjustment, submit.extra
         )
         after = [self._journal.submissions[dependency.after] for dependency in submit.after]
         try:
@@ -295,7 +299,8 @@ class Driver:
         self._allowance.accepted(len(submit.shards))
         waits = f", after {', '.join(sorted({each.job for each in after}))}" if after else ""
         adjusted = f", with {submit.adjustment}" if submit.adjustment != AS_ASKED else ""
-        self._tell(f"{submit.job}: sent {_some(submit.shards)} as {identifier}{waits}{adjusted}")
+        what = f"{len(submit.shards)} more for shard {submit.shards[0]}" if submit.extra else _some(submit.shards)
+        self._tell(f"{submit.job}: sent {what} as {identifier}{waits}{adjusted}")
         return True
 
     def _check_lease(self) -> None:

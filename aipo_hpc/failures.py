@@ -131,7 +131,7 @@ def standings(failures: Iterable[Failure], fence: int, bad: Container[str] = ())
     found: dict[int, list[Failure]] = {}
     attempts: set[tuple[int, str]] = set()
     for failure in failures:
-        if failure.fence < fence or (failure.shard, failure.attempt) in attempts:
+        if failure.fence < fence or failure.extra or (failure.shard, failure.attempt) in attempts:
             continue
         attempts.add((failure.shard, failure.attempt))
         if failure.node in bad and failure.kind in _NODES_FAULT:

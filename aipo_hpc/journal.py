@@ -41,6 +41,7 @@ class Journal:
                 fence=event["fence"],
                 time=event["time"],
                 adjustment=read_adjustment(event.get("adjustment", {})),
+                extra=event.get("extra", False),
             )
             self.submissions[submission.name] = submission
             self._numbers = max(self._numbers, int(submission.name.rsplit("-", 1)[1]))
@@ -72,11 +73,12 @@ class Journal:
         shards: tuple[int, ...],
         after: tuple[Dependency, ...],
         adjustment: Adjustment = AS_ASKED,
+        extra: bool = False,
     ) -> Submission:
         """Note the intent to submit and return the submission with its unique name."""
         self._numbers += 1
         name = f"aipo-{run_id}-{self._numbers}"
-        submission = Submission(name, job, shards, after, self.fence, time.time(), adjustment=adjustment)
+        submission = Submission(name, job, shards, after, self.fence, time.time(), None, adjustment, extra)
         fields = {key: value for key, value in asdict(submission).items() if key not in ("id", "time")}
         self._run.append_journal("submit", **fields)
         self.submissions[name] = submission

@@ -81,7 +81,7 @@ def look(submissions: Sequence[Submission], view: View, limits: Limits) -> Livin
         ends = _ending(submission, failed, broken, view)
         named_behind = limits.dependencies and submission.id is not None and len(ends) <= MOST_NAMED
         for index, shard in enumerate(submission.shards):
-            if shard in view.done.get(submission.job, ()):
+            if shard in view.done.get(submission.job, ()) or (submission.name, index) in view.shared.left:
                 continue
             element = LivingElement(submission, index, False, sure=False)
             if index in ends:

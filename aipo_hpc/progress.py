@@ -36,10 +36,13 @@ class Progress(Generic[Row]):
         self._advance: Callable[[], None] = task.advance
         self._advanced = False
         self._rows: dict[str, Row] = {}
+        self._read_up_to: dict[Path, int] = {}
         for folder in (*task.earlier, task.out):
-            for row in _read(folder / PROGRESS, kind):
+            for row in self._news(folder):
                 self._rows.setdefault(_key(row), row)
         self.num_taken_over = len(self._rows)
+        self.num_shared = 0
+        """Rows that other attempts have made since this one began."""
         self._synced = time.monotonic()
         path = task.out / PROGRESS
         with full_disk_named(path):
@@ -59,7 +62,7 @@ class Progress(Generic[Row]):
     ) -> None:
         with full_disk_named(self._out / PROGRESS):
             try:
-                self._sync()
+                self.sync()
             finally:
                 self._file.close()
 
@@ -75,8 +78,29 @@ class Progress(Generic[Row]):
                 self._advance()
                 self._advanced = True
             if time.monotonic() - self._synced > _SECONDS_BETWEEN_FSYNCS:
-                self._sync()
+                self.sync()
         self._rows[_key(row)] = row
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What a sentinel tells of it."""
+        return {"shared": self.num_shared} if self.num_shared else {}
+
+    def take_over(self, folders: Iterable[Path]) -> None:
+        """Keep the rows that attempts with these folders have finished since the last look."""
+        new = {_key(row): row for folder in folders for row in self._news(folder)}
+        new = {key: row for key, row in new.items() if key not in self._rows}
+        with full_disk_named(self._out / PROGRESS):
+            for row in new.values():
+                self._write(row)
+        self._rows |= new
+        self.num_shared += len(new)
+
+    def sync(self) -> None:
+        """Make all rows durable, which also shows them to other nodes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def finish(self, prompt_ids: Iterable[str]) -> tuple[str, ...]:
         """Write the rows of ``prompt_ids``, in that order, and return the name of the file in the attempt's folder."""
@@ -92,25 +116,22 @@ class Progress(Generic[Row]):
     def _write(self, row: Row) -> None:
         self._file.write(json.dumps(to_plain(row), ensure_ascii=False, separators=(",", ":")) + "\n")
 
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
+    def _news(self, folder: Path) -> Iterator[Row]:
+        """Yield the rows of an attempt that were not read before; a line that a kill cut off is not one."""
+        path = folder / PROGRESS
+        if not path.exists():
+            return
+        with path.open("rb") as lines:
+            lines.seek(self._read_up_to.get(path, 0))
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self._read_up_to[path] = self._read_up_to.get(path, 0) + len(line)
+                with suppress(ValueError, TypeError, KeyError):
+                    yield from_plain(json.loads(line.decode(errors="replace")), self._kind)
 
 
 def _key(row: Any) -> str:
     """What a row is known by: its first field."""
     key: str = getattr(row, dataclasses.fields(row)[0].name)
     return key
-
-
-def _read(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """Yield the rows of a progress file; a line that a kill cut off is not one."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                return
-            with suppress(ValueError, TypeError, KeyError):
-                yield from_plain(json.loads(line), kind)

@@ -11,7 +11,8 @@ It keeps no state, so a driver may die anywhere and another goes on by the same 
   being computed: element by element against an array of the same shards, else against all of them;
 * a shard that failed more often than its class of failure tolerates is given up, and stops neither its siblings nor
   anything that does not need it; before that it is tried again, after a while, and with what its failures ask for: more
-  memory or time, a smaller batch, other nodes.
+  memory or time, a smaller batch, other nodes;
+* when nothing else is to be done, the last shards of a job get extra tasks if they take long.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from aipo_hpc.damage import answerable
 from aipo_hpc.decision import Decision, GivenUp, Submit, View
 from aipo_hpc.failures import FAST, Standing, bad_nodes, standings
 from aipo_hpc.graph import Edge, Graph, Job
+from aipo_hpc.leftovers import more_tasks
 from aipo_hpc.living import MOST_NAMED, Living, look, named
 from aipo_hpc.room import Room
 
@@ -30,6 +32,8 @@ from aipo_hpc.room import Room
 def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
     living = look(view.submissions, view, limits)
+    extra = look(view.shared.extra, view, limits)
+    elements, record = [*living.elements, *extra.elements], (*living.record, *extra.record)
     alive = living.by_shard
     jobs = [job for job in graph.jobs.values() if job.resources is not None]
     held = answerable(view.failures)
@@ -38,9 +42,9 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     given_up = [given for job in jobs for given in _given_up(job, standing[job.name], view, alive.get(job.name, {}))]
     hopeless = {(given.job, given.shard) for given in given_up}
     submit: list[Submit] = []
-    room = Room(limits, view.room, [graph.jobs[element.submission.job] for element in living.elements])
+    room = Room(limits, view.room, [graph.jobs[element.submission.job] for element in elements])
     waiting: dict[str, dict[int, float]] = {}
-    if not living.record:
+    if not record:
         for job in jobs:
             missing = [
                 shard
@@ -58,17 +62,21 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
             for adjustment, shards in _by_adjustment(missing, stands, bad).items():
                 for send in _submissions(job, shards, graph, view, living, limits):
                     submit += room.fit(job, replace(send, adjustment=adjustment))
+    if not (record or submit or waiting or room.held):
+        for job in jobs:
+            for send in more_tasks(job, view, living.elements, extra.elements, limits):
+                submit += room.fit(job, send)
     finished = all(len(view.done.get(job.name, ())) == job.num_shards for job in graph.jobs.values())
     return Decision(
         tuple(submit),
-        tuple(living.record),
+        record,
         tuple(given_up),
         {job: {shard: element.running for shard, element in shards.items()} for job, shards in alive.items()},
         finished,
         room.held,
         waiting,
         bad,
-        any(not element.sure for element in living.elements),
+        any(not element.sure for element in elements),
     )
 
 

@@ -78,6 +78,12 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
+def element_of(attempt: str) -> tuple[str, int] | None:
+    """The submission's name and the index in it, of an attempt; None for one of another kind of name."""
+    name, _, index = attempt.rpartition(".")[0].rpartition(".")
+    return (name, int(index)) if index.isdecimal() else None
+
+
 BY_DRIVER = ".driver"
 """How the attempt of a failure ends that was recorded by the driver, in the name of a task that died without a word."""
 
@@ -113,12 +119,13 @@ class Failure:
     """Whether the attempt got further than those before it."""
     blames: tuple[Blame, ...] = ()
     """Finished inputs that the attempt waited for in vain."""
+    extra: bool = False
+    """Whether it did part of a shard that another attempt was to finish; the shard has not failed by that."""
 
     @property
     def element(self) -> tuple[str, int] | None:
         """The submission's name and the index in it; None for an attempt that was started by hand."""
-        name, _, index = self.attempt.rpartition(".")[0].rpartition(".")
-        return (name, int(index)) if index.isdecimal() else None
+        return element_of(self.attempt)
 
     @property
     def by_driver(self) -> bool:

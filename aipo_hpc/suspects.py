@@ -122,18 +122,26 @@ class Suspects:
         return {"set_aside": len(self.guilty)} if self.guilty else {}
 
     def rounds(self, batches: Sequence[Sequence[str]], finished: Container[str]) -> list[list[list[str]]]:
-        """The batches that are not finished, as rounds to be begun one after the other: suspects last, each group alone.
+        """The batches that are not finished, as rounds to be begun one after the other: suspects last, each group alone."""
+        usual = self.usual(batches, finished)
+        return [*([usual] if usual else []), *([group] for group in self.groups(batches, finished))]
+
+    def usual(self, batches: Sequence[Sequence[str]], finished: Container[str]) -> list[list[str]]:
+        """The batches that are not finished, without suspects.
 
         A batch without a suspect keeps its composition, finished prompts included.
         """
         suspected = {*self.guilty, *(each for group in self._suspicion.groups for each in group)}
         cleared = [[each for each in batch if each not in suspected] for batch in batches]
-        usual = [batch for batch in cleared if any(each not in finished for each in batch)]
+        return [batch for batch in cleared if any(each not in finished for each in batch)]
+
+    def groups(self, batches: Sequence[Sequence[str]], finished: Container[str]) -> list[list[str]]:
+        """The groups of suspects in these batches that are not finished, each to be begun alone."""
         known = {each for batch in batches for each in batch}
         groups = [
             [each for each in group if each in known and each not in finished] for group in self._suspicion.groups
         ]
-        return [*([usual] if usual else []), *([group] for group in groups if group)]
+        return [group for group in groups if group]
 
     def begin(self, prompt_ids: Sequence[str]) -> None:
         """Note that these are in flight from now on."""

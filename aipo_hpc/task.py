@@ -9,6 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aipo_hpc.claims import Claims
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Task:
     """Folders of earlier attempts at the same shard, oldest first; they may hold work to continue from."""
     deaths: tuple[Path, ...] = ()
     """Those of them that crashed, ran out of memory, or ran out of time without getting further."""
+    claims: "Claims | None" = None
+    """Which parts of the shard are whose, where several attempts may do it together; None: this one does all of it."""
 
     def advance(self) -> None:
         """Note that this attempt got further than those before it: a failure after that is not held against the shard."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_hpc import gang, leaving, own_code
+from aipo_hpc.claims import Claims, NothingLeft, is_shared
 from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify, deaths
@@ -41,6 +42,8 @@ class Envelope:
     fence: int
     batch_divisor: int = 1
     """By how much the stage's batches are smaller than the recipe says, after it ran out of memory."""
+    extra: bool = False
+    """Whether it is to do part of a shard that another task is doing, and that is the other's to finish."""
 
     @property
     def attempt(self) -> str:
@@ -77,6 +80,7 @@ class Envelope:
                     seconds=time.time() - started,
                     progressed=folder.advanced(self.shard, f"{self.submission}.{self.index}"),
                     blames=error.blames if isinstance(error, InputNotVisible) else (),
+                    extra=self.extra,
                 )
             )
             raise
@@ -91,6 +95,9 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     if envelope.shard in folder.done(job["fingerprint"], only=(envelope.shard,)):
         print(f"{envelope.job} shard {envelope.shard}: is done already", flush=True)
         return
+    if envelope.extra and not is_shared(folder, envelope.shard):
+        print(f"{envelope.job} shard {envelope.shard}: nobody is at work on it whom to join", flush=True)
+        return
     started = time.time()
     inputs, lineage = resolve_inputs(run, job, envelope.shard)
     for name, source in job["inputs"].items():
@@ -104,6 +111,9 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     if (resources := getattr(config, "resources", None)) is not None:
         # Libraries take one thread per core of the machine, also where only a few of them are this task's.
         os.environ.setdefault("OMP_NUM_THREADS", str(resources.cpus_per_task))
+    claims: Claims | None = None
+    if hasattr(config, "share_after") and envelope.fence > 0:  # nobody tells of attempts by hand whether they are over
+        claims = Claims(folder, envelope.shard, envelope.attempt, job["fingerprint"], envelope.extra)
     task = Task(
         job=envelope.job,
         iteration=job["iteration"],
@@ -114,9 +124,16 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         out=out,
         earlier=earlier,
         deaths=tuple(path for path in earlier if path.name in died),
+        claims=claims,
     )
-    outcome: Outcome = stage.module.run(config, task)
+    try:
+        outcome: Outcome = stage.module.run(config, task)
+    except NothingLeft as nothing:
+        print(nothing, flush=True)
+        return
     if place.rank != 0:
+        return
+    if envelope.extra:  # every row was there when it came
         return
     sentinel = Sentinel(
         job=envelope.job,
@@ -137,6 +154,8 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
         versions=used_versions(),
     )
     first = folder.publish(sentinel)
+    if claims is not None:
+        claims.remove()
     print(f"{envelope.job} shard {envelope.shard}: {'done' if first else 'another attempt was first'}", flush=True)
 
 

@@ -22,15 +22,16 @@ LAYERS = {
     "words": "errors leaving settings resources identity processes sentinel rows task allowance adjustment fine_tuning "
     "clusters engines rankers rankers.config seeds selection filters decontamination mixing guard seed_pool deduplication "
     "instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
-    "files": "own_code chat_templates durable ownership failures store journal lease progress suspects sampling",
+    "files": "own_code chat_templates durable ownership failures store journal lease progress suspects sampling claims "
+    "blocks",
     "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "
     "trackers sft_trainer lora metrics_file running_ratios engines.guard rankers.*",
     "stages": "stages stages.*",
     "engines": "engines.*",
     "recipe": "instruct_settings recipe arguments",
     "graph": "outside stage_table graph record drift preflight parity",
-    "execution": "decision living room reconcile damage worker here clusters.*",
-    "driver": "ledger model_card manifest retention explain driver chain cancel",
+    "execution": "decision living room leftovers reconcile damage worker here clusters.*",
+    "driver": "sharing ledger model_card manifest retention explain driver chain cancel",
     "user": "plots summary lineage plan doctor terminal report launch __main__",
 }
 """From the bottom to the top: a module imports from its own layer and those below it."""

@@ -76,7 +76,9 @@ def asked(folder: Path, size: int, engine: Any, finished: set[str] | None = None
     made = Task("iter-00/generate", 0, 0, 1, 0, {}, folder)
     done = set() if finished is None else finished
     found = []
-    for completion in sample(in_batches(names, size), size, requests, done, Suspects(made), lambda: engine, "here"):
+    suspects = Suspects(made)
+    rounds = suspects.rounds(in_batches(names, size), done)
+    for completion in sample(rounds, size, requests, done, suspects, lambda: engine, "here"):
         found.append(completion.request.prompt_id)
         done.add(found[-1])
     return found

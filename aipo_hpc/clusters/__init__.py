@@ -43,6 +43,8 @@ class Submission:
     """The cluster's id; None while it is not known whether the cluster got it."""
     adjustment: Adjustment = AS_ASKED
     """What is asked for differently than the job's resources and settings say."""
+    extra: bool = False
+    """Whether its elements do parts of shards that other elements are doing, and are to finish."""
 
 
 @dataclass(frozen=True)

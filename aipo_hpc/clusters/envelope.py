@@ -88,6 +88,6 @@ def envelopes(run: "Run", job: "Job", submission: "Submission") -> list[Submitit
     batch_divisor, seconds = submission.adjustment.batch, notice(job.resources, submission.adjustment.time)
     path, name, fence = str(run.path), submission.name, submission.fence
     return [
-        SubmititEnvelope(path, job.name, shard, name, index, fence, batch_divisor, seconds)
+        SubmititEnvelope(path, job.name, shard, name, index, fence, batch_divisor, submission.extra, notice=seconds)
         for index, shard in enumerate(submission.shards)
     ]

@@ -23,7 +23,14 @@ class InlineCluster:
         """Run the shards; a failed one has recorded its failure, and the caller goes on."""
         for index, shard in enumerate(submission.shards):
             envelope = worker.Envelope(
-                str(run.path), job.name, shard, submission.name, index, submission.fence, submission.adjustment.batch
+                str(run.path),
+                job.name,
+                shard,
+                submission.name,
+                index,
+                submission.fence,
+                submission.adjustment.batch,
+                submission.extra,
             )
             try:
                 envelope.run()

@@ -144,7 +144,8 @@ def _answer(
         if name in requests:
             keep(name, [], suspects.reason)
     size, where = prompts_per_batch(config), f"{task.job} shard {task.shard}"
-    for done in sample(in_batches(list(requests), size), size, requests, progress, suspects, engine, where):
+    rounds = suspects.rounds(in_batches(list(requests), size), progress)
+    for done in sample(rounds, size, requests, progress, suspects, engine, where):
         given = [] if done.error is not None else [Candidate(done.text.strip(), done.finish_reason, done.num_tokens)]
         keep(done.request.prompt_id, given, done.error)
 

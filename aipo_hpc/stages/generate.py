@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from aipo_hpc.blocks import Blocks
 from aipo_hpc.engines import EngineConfig
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
@@ -60,6 +61,9 @@ class GenerateConfig(EngineConfig):
     """System message put before every conversation that has none; it may be empty (None: there is none)."""
     keep_system_message: bool = True
     """Keep system messages that the prompt source brings along; otherwise they are dropped first."""
+    share_after: float | None = tuning(1.5)
+    """The last running shards of a job are done together with extra tasks, where there is room for them, once they have run
+    this many times as long as its finished shards did (median), and two minutes at least (None: never)."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=8))
 
 
@@ -89,7 +93,7 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
             answers = {prompt_id: _answer(prompt, tokenizer, config) for prompt_id, prompt in accepted.items()}
             size = prompts_per_batch(config)
             done = sample(
-                in_batches(list(accepted), size),
+                Blocks(task, in_batches(list(accepted), size), progress, suspects).rounds(),
                 size,
                 requests,
                 progress,
@@ -102,7 +106,8 @@ def run(config: GenerateConfig, task: Task) -> Outcome:
                     progress.append(row)
         outputs = progress.finish(prompt.prompt_id for prompt in prompts)
         counts = _counts(list(progress.rows(prompt.prompt_id for prompt in prompts)))
-        return Outcome(len(prompts), outputs, {**counts, **suspects.counts, "taken_over": progress.num_taken_over})
+        counts |= {**suspects.counts, **progress.counts, "taken_over": progress.num_taken_over}
+        return Outcome(len(prompts), outputs, counts)
 
 
 def select(prompts: list[Prompt], config: GenerateConfig, task: Task) -> list[Prompt]:

@@ -18,7 +18,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from aipo_hpc import leaving
@@ -186,9 +185,8 @@ class Calls:
                     rows[row.call_id], requests[row.call_id] = row, [request]
                     names.append(row.call_id)
             batches.append(names)
-        if size == 1:
-            batches = [list(chain.from_iterable(batches))]
-        for done in sample(batches, size, requests, progress, self._suspects, self._loaded, self._where):
+        rounds = self._suspects.rounds(batches, progress)
+        for done in sample(rounds, size, requests, progress, self._suspects, self._loaded, self._where):
             name = done.request.prompt_id
             if name not in progress:
                 progress.append(

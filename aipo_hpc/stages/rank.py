@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from aipo_hpc import leaving
+from aipo_hpc.blocks import Blocks
 from aipo_hpc.progress import ROWS, Progress
 from aipo_hpc.rankers import NOT_FINITE, Ranking, failed, load_ranker
 from aipo_hpc.rankers.config import RankerConfig
@@ -26,6 +27,8 @@ class RankConfig(RankerConfig):
 
     num_shards: int | None = None
     """Shards of the job (None: as many as generate, because rank shard i reads generate shard i)."""
+    share_after: float | None = tuning(1.5)
+    """As ``generate.share_after``."""
     resources: Resources = tuning(Resources(gpus_per_node=1))
     """What one shard asks the cluster for."""
 
@@ -47,7 +50,7 @@ def run(config: RankConfig, task: Task) -> Outcome:
         prompt_ids = [row.prompt_id for row in responses]
         outputs = progress.finish(prompt_ids)
         counts = count(list(progress.rows(prompt_ids)))
-    return Outcome(rows=len(responses), outputs=outputs, counts={**counts, **suspects.counts})
+    return Outcome(rows=len(responses), outputs=outputs, counts={**counts, **suspects.counts, **progress.counts})
 
 
 def rank_all(
@@ -65,8 +68,8 @@ def rank_all(
         return
     models = {name: task.inputs[name].model for name in task.inputs if name.startswith("ranker")}
     ranker = load_ranker(config, models, task.seed)
-    rounds = suspects.rounds(list(_chunks(list(to_rank), ranker.prompts_per_call)), progress)
-    for chunk in ([to_rank[each] for each in batch] for batches in rounds for batch in batches):
+    blocks = Blocks(task, list(_chunks(list(to_rank), ranker.prompts_per_call)), progress, suspects)
+    for chunk in ([to_rank[each] for each in batch] for batches in blocks.rounds() for batch in batches):
         leaving.here(f"{task.job} shard {task.shard}")
         suspects.begin([row.prompt_id for row in chunk])
         for row, ranking in zip(chunk, ranker.rank(chunk), strict=True):
