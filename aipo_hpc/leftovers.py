@@ -31,8 +31,9 @@ def more_tasks(
     job: Job, view: View, alive: Sequence[LivingElement], extra: Sequence[LivingElement], limits: Limits
 ) -> Iterable[Submit]:
     """The extra tasks to be sent for shards of this job; ``alive`` and ``extra`` are what lives of the whole run."""
+    last = last_shards(job, view.done.get(job.name, ()))
     unclaimed: Mapping[int, int] = view.shared.unclaimed.get(job.name, {})
-    if not unclaimed or not view.shared.took.get(job.name):
+    if not last or not view.shared.took.get(job.name):
         return
     long = max(LEAST, job.config.share_after * median(view.shared.took[job.name]))
     shared = {(each.job, shard) for each in view.shared.extra if each.fence >= view.fence for shard in each.shards}
@@ -41,6 +42,7 @@ def more_tasks(
         for element in alive
         if element.submission.job == job.name
         and element.running
+        and element.shard in last
         and (job.name, element.shard) not in shared
         and unclaimed.get(element.shard, 0) > 1
         and _ran(element, view) > long

@@ -13,6 +13,7 @@
           shards/00003/<attempt>/ payload of one attempt at shard 3; nobody else writes there
           done/00003.json         THE SENTINEL: shard 3 is done
           done/00003.pruned       ... and part of its payload is no longer kept: which, and of which sentinel
+          claims/00003/           who does which part of shard 3 while it is being done, see claims.py
           failed/00003.2.json     shard 3's second failure: class, message, end of the traceback, node, log
           logs/                   submitit's envelopes and the output of each task
         rank/  pairs/  reference/  train/  answers/  evaluate/
