@@ -38,7 +38,7 @@ class Blocks:
         if self._claims is not None:
             self._claims.open(len(self._blocks))
             if self._claims.extra and not self._claims.any_free(self._open()):
-                raise self._claims.nothing_left()
+                self._claims.leave()
 
     def rounds(self) -> Iterator[Iterator[list[str]]]:
         """Yield rounds of batches, one to be begun after the other: suspects last, each group alone.
@@ -56,10 +56,9 @@ class Blocks:
             if self._claims.extra:
                 self._progress.sync()
                 self._claims.leave()
-                raise self._claims.nothing_left()
             while (waiting := self._open()) and not self._claims.any_free(waiting):
                 if self._claims.shard_is_done():
-                    raise self._claims.nothing_left()
+                    self._claims.leave()
                 leaving.here(self._where)
                 time.sleep(_PAUSE)
                 self._take_over()

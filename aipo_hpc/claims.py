@@ -12,8 +12,8 @@ whatever the claims say.
 
 * Two want the same block: one of them makes the link, the other looks again. A listing may be old, the link decides.
 * An attempt dies: its blocks stay its own until it is over, which is what the scheduler said when a failure of it was
-  recorded or it was begun once more. Then the next number of its block can be claimed, by whoever is first, and only after
-  that its rows are read once more, which are all that there will ever be: nothing is done twice.
+  recorded or it was begun once more. Then the shard's own attempt can claim the next number of its block, and after that
+  reads its rows once more, which are all that there will ever be: nothing is done twice.
 * The shard's own attempt dies: the one that is sent next goes on in the same way, beside extra attempts that live.
 * Nothing is free, but blocks of living attempts are open: the own attempt waits, for their rows or for their end.
 * The sentinel is there: the folder is removed, a claim fails, and who wanted it leaves.
@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from aipo_hpc.durable import full_disk_named, list_names, sync_folder
 from aipo_hpc.errors import AipoError
@@ -58,7 +59,7 @@ class Claims:
             self._link(_BLOCKS, str(num_blocks))
         there = _number_of_blocks(self._folder)
         if there is None:
-            raise self.nothing_left()
+            raise self._nothing_left()
         # Blocks are made of the prompts alone, so all attempts have the same.
         assert there == num_blocks, f"{self._folder}: made for {there} blocks, not {num_blocks}"
 
@@ -91,13 +92,14 @@ class Claims:
         """Whether the shard has its sentinel."""
         return self._shard in self._job.done(self._fingerprint, only=(self._shard,))
 
-    def nothing_left(self) -> NothingLeft:
-        """What to raise when this attempt leaves the rest to others."""
+    def _nothing_left(self) -> NothingLeft:
         return NothingLeft(f"{self._job.name} shard {self._shard}: nothing is left to do for {self._attempt}")
 
-    def leave(self) -> None:
-        """Note that an extra attempt is over: whatever it claimed is done."""
-        self._link(f"{self._attempt}{_LEFT}", "left")
+    def leave(self) -> NoReturn:
+        """Leave the rest to others. Raises NothingLeft; that an extra attempt did so is noted before."""
+        if self.extra:
+            self._link(f"{self._attempt}{_LEFT}", "left")
+        raise self._nothing_left()
 
     def remove(self) -> None:
         """The shard is done, nobody claims any more."""
@@ -127,7 +129,8 @@ class Claims:
         return "" if owner == self._attempt and name not in self._made else owner
 
     def _is_free(self, block: int, standing: dict[int, tuple[int, str]]) -> bool:
-        return block not in standing or self._is_over(standing[block][1])
+        """Never claimed; or by one that is over, if this is the shard's own attempt: what kills tasks kills few so."""
+        return block not in standing or (not self.extra and self._is_over(standing[block][1]))
 
     def _is_over(self, owner: str) -> bool:
         """Whether an attempt does nothing any more."""
@@ -151,10 +154,11 @@ class Claims:
                 self._made.add(name)
                 sync_folder(self._folder)
         except FileExistsError:
-            # A server that repeats a request whose answer was lost says so of our own link; no other makes it anew.
+            # Or it is our own: a server that repeats a request whose answer was lost says this too. It then counts as one
+            # of a first try of ours, which is over.
             return False
         except FileNotFoundError:
-            raise self.nothing_left() from None
+            raise self._nothing_left() from None
         return True
 
 

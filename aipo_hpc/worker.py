@@ -128,12 +128,12 @@ def execute(run: Run, envelope: Envelope, place: Place) -> None:
     )
     try:
         outcome: Outcome = stage.module.run(config, task)
+        if claims is not None and claims.extra:  # every row was there when it came
+            claims.leave()
     except NothingLeft as nothing:
         print(nothing, flush=True)
         return
     if place.rank != 0:
-        return
-    if envelope.extra:  # every row was there when it came
         return
     sentinel = Sentinel(
         job=envelope.job,

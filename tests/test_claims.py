@@ -68,14 +68,15 @@ def test_a_block_of_an_attempt_that_is_over_is_claimed_again_by_one_alone(
     run: Run, over: Callable[[Run], object], what: str
 ) -> None:
     claims(run).take(ALL)
-    living = claims(run, OTHER)
+    living, extra = claims(run, OTHER), claims(run, EXTRA, extra=True)
     fail(run, "aipo-cafe-1.1.driver")
     fail(run, "aipo-cafe-11.0.driver")
     run.job(JOB).begin_attempt(0, "aipo-cafe-1.1.r1")
     assert living.take([0]) is None, "other elements are over, not this one"
     over(run)
+    assert extra.take([0]) is None, "it is for the shard's own attempt"
     assert living.take([0]) == (0, True), what
-    assert claims(run, EXTRA, extra=True).take([0]) is None
+    assert claims(run, "aipo-cafe-10.0.r0").take([0]) is None
 
 
 def test_what_an_attempt_claimed_before_it_was_begun_again_under_its_own_name_is_free(run: Run) -> None:
@@ -92,7 +93,8 @@ def test_an_extra_attempt_that_left_has_nothing_that_is_its_own(run: Run) -> Non
     extra = claims(run, EXTRA, extra=True)
     extra.take(ALL)
     assert own.take([4]) is None
-    extra.leave()
+    with pytest.raises(NothingLeft, match="nothing is left to do"):
+        extra.leave()
     assert left(run.job(JOB), 0) == {EXTRA}
     assert own.take([4]) == (4, True)
 
