@@ -52,7 +52,7 @@ class FineTuningConfig:
     lora_target_modules: tuple[str, ...] = ()
     """Names of the modules that get adapters, e.g. q_proj v_proj (none: all linear layers but the output's)."""
     load_in_4bit: bool = False
-    """QLoRA: hold the frozen weights in 4 bits while training (needs bitsandbytes, a GPU, and zero_stage below 3)."""
+    """QLoRA: hold the frozen weights in 4 bits while training (needs bitsandbytes, and zero_stage below 3)."""
     gradient_checkpointing: bool = tuning(True)
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     zero_stage: int = tuning(3)
@@ -134,7 +134,7 @@ def refuse_missing_packages(config: FineTuningConfig) -> None:
     """Raise RecipeError for a setting whose package is not installed here."""
     needed = {
         "peft": (config.lora_r is not None, "lora_r", "pip install peft"),
-        "bitsandbytes": (config.load_in_4bit, "load_in_4bit", "pip install bitsandbytes, which works on GPUs"),
+        "bitsandbytes": (config.load_in_4bit, "load_in_4bit", "pip install bitsandbytes"),
         config.report_to: (config.report_to != "none", "report_to", f"pip install {config.report_to}"),
     }
     for package, (is_needed, field, remedy) in needed.items():

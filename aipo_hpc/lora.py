@@ -16,21 +16,18 @@ _NAME = "default"
 
 
 def four_bits(dtype: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that load weights in 4 bits, as QLoRA does. Raises RecipeError without a GPU."""
+    """Arguments of ``from_pretrained`` that load weights in 4 bits, as QLoRA does."""
     import torch
     from transformers import BitsAndBytesConfig
 
-    if not torch.cuda.is_available():
-        raise RecipeError(
-            "load_in_4bit needs a GPU, and this process sees none: train where there is one, or set load_in_4bit=False."
-        )
     quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def attach(model: Any, config: "FineTuningConfig") -> Any:

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # the order of sums decides the last bit
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or bitsandbytes loads the compiler in every process that trains
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,12 +11,15 @@ import torch
 from tiny_models import tiny_model_folder
 from training_tasks import PLAIN, identical, largest_difference, launch, logs, metrics, scored_rows, train_task, weights
 
-from aipo_hpc import fine_tuning
 from aipo_hpc.errors import RecipeError
+from aipo_hpc.recipe import Recipe, validate
 from aipo_hpc.stages.train import TrainConfig, run
 from aipo_hpc.task import ADVANCED
 
 pytest.importorskip("peft")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install bitsandbytes"
+)
 LORA: dict[str, Any] = {**PLAIN, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -46,8 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path, model: Path) -
     return task.out
 
 
-def test_the_model_is_the_policy_with_the_adapters_product_added(trained: Path, model: Path) -> None:
-    before, after, adapter = weights(model), weights(trained / "model"), weights(trained / "adapter")
+def assert_adapters_added(model: Path, out: Path) -> None:
+    before, after, adapter = weights(model), weights(out / "model"), weights(out / "adapter")
     assert set(before) == set(after)
     changed = {name for name in before if not before[name].equal(after[name])}
     assert {name.split(".")[-2] for name in changed} == LINEAR
@@ -56,6 +59,10 @@ def test_the_model_is_the_policy_with_the_adapters_product_added(trained: Path, 
         a, b = adapter[f"{stem}.lora_A.weight"], adapter[f"{stem}.lora_B.weight"]
         assert a.shape[0] == b.shape[1] == 4
         torch.testing.assert_close(after[name], before[name] + 8 / 4 * b @ a, atol=1e-6, rtol=1e-5)
+
+
+def test_the_model_is_the_policy_with_the_adapters_product_added(trained: Path, model: Path) -> None:
+    assert_adapters_added(model, trained)
     assert metrics(trained)[-1]["rewards/margins"] > 0.01
 
 
@@ -134,15 +141,61 @@ def test_four_bits_need_adapters_and_weights_that_are_not_split() -> None:
         TrainConfig(load_in_4bit=True, lora_r=8, zero_stage=3)
 
 
-def test_four_bits_without_bitsandbytes_or_a_gpu_are_refused_with_the_way_out(
-    tmp_path: Path, rows: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_four_bits_without_bitsandbytes_are_refused_before_anything_is_submitted(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(TrainConfig(**LORA), load_in_4bit=True)
+    config = replace(small_recipe.train, lora_r=4, load_in_4bit=True)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(RecipeError, match=r"train.load_in_4bit=True needs the package bitsandbytes.*pip install"):
-        run(config, train_task(tmp_path / "out", rows, model))
-    monkeypatch.setattr(fine_tuning, "refuse_missing_packages", lambda config: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match="load_in_4bit needs a GPU"):
-        run(config, train_task(tmp_path / "out", rows, model))
+        validate(replace(small_recipe, train=config))
+
+
+def in_four_bits(model: Path, folder: Path) -> Path:
+    """The model with what its linear layers, but the output's, are once they went through 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(model)
+    for name, layer in policy.named_modules():
+        if name.rpartition(".")[2] in LINEAR:
+            held = quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+            layer.weight.data = dequantize_4bit(*held)
+    policy.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+@needs_bitsandbytes
+def test_four_bits_hold_the_policy_in_training_and_whole_weights_get_the_adapters(
+    tmp_path: Path, rows: Path, model: Path
+) -> None:
+    task, same = train_task(tmp_path / "out", rows, model), tmp_path / "same"
+    run(TrainConfig(**LORA, load_in_4bit=True), task)
+    run(TrainConfig(**LORA), train_task(same, rows, in_four_bits(model, tmp_path / "rounded")))
+    for line, expected in zip(metrics(task.out), metrics(same), strict=True):
+        for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-3)
+    assert_adapters_added(model, task.out)
+    print(
+        "loss in 4 bits and on weights that went through them:",
+        metrics(task.out)[-1]["loss"],
+        metrics(same)[-1]["loss"],
+    )
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+# A gradient that is rounding alone in bfloat16 still moves a weight by Adam's whole step, the learning rate.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 2 * LORA["learning_rate"])])
+def test_four_bits_under_zero_2_with_two_processes_are_those_of_one(
+    tmp_path: Path, rows: Path, model: Path, dtype: str, tolerance: float
+) -> None:
+    pytest.importorskip("deepspeed")
+    config = {**LORA, "dtype": dtype, "load_in_4bit": True}
+    one, two = train_task(tmp_path / "one", rows, model), train_task(tmp_path / "two", rows, model)
+    run(TrainConfig(**config), one)
+    assert launch(two, num_processes=2, **{**config, "zero_stage": 2}) == [0, 0], logs(two)
+    assert largest_difference(one.out / "adapter", two.out / "adapter") < tolerance
+    for line, same in zip(metrics(one.out), metrics(two.out), strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-3)
