@@ -1,10 +1,11 @@
 """sppo: self-play preference optimization with PairRM.
 
-Source: Wu et al. 2024, arXiv 2405.00675, and uclaml/SPPO. Copied from them: Mistral-7B-Instruct-v0.2; three iterations, each
-on another third of the prompts of UltraFeedback; five candidates at temperature 0.7, top_p 0.9, at most 2048 tokens; the best
-against the worst by PairRM; beta 0.001 (the paper's eta is 1 / beta = 1000), learning rate 5e-7, linear, 10 % warm-up, batch
-64, one epoch an iteration. Different here: win probabilities are 1 and 0 (sppo_hard) instead of PairRM's estimates, and AdamW
-takes the place of RMSProp.
+Source: Wu et al. 2024, arXiv 2405.00675, and uclaml/SPPO (run_sppo_mistral.sh, scripts/pipeline.sh, scripts/generate.py,
+recipes/zephyr-7b-beta/dpo/config_full.yaml). Copied from them: Mistral-7B-Instruct-v0.2; three iterations, each on another
+third of the prompts of UltraFeedback; five candidates at temperature 0.7, top_p 0.9, at most 2048 tokens; the best against
+the worst by PairRM; beta 0.001 (the paper's eta is 1 / beta = 1000), learning rate 5e-7, linear, 10 % warm-up, batch 64 (8 on
+each of 8 GPUs), one epoch an iteration. Different here: win probabilities are 1 and 0 (sppo_hard) instead of PairRM's
+estimates, AdamW takes the place of RMSProp, and no sequence is cut to 1024 tokens.
 """
 
 from dataclasses import replace
