@@ -7,7 +7,8 @@ stage 1, and one shard in twenty fails the first time in each stage. A tool is d
 command has ended, nothing of it waits or runs, and shards are still missing, a person types the command again (and first
 removes jobs that can never start): that is counted, and takes no time here. Tools take turns, so a busy machine hits all.
 
-    makespan    seconds from the first command to the last output of stage 2; the ratio is to the raw chain of the same turn
+    makespan    seconds from the first command to the last output of stage 2, inf if a run was given up; the ratio is to the
+                raw chain of the same turn
     commands    Slurm client commands issued, counted by wrappers on PATH, and per shard
     CPU         seconds of processor time of the driving processes with their client commands
     executions  payload starts per shard; duplicates: starts while another execution of that shard ran
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="shards of each stage")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each tool at each size")
     parser.add_argument("--tools", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds after which a run is given up")
     parser.add_argument("--seconds", type=float, default=0.0, help="how long a payload sleeps (0: a no-op)")
     parser.add_argument("--seed", type=int, default=0, help="which shards fail")
     parser.add_argument("--dir", type=Path, default=Path("/tmp/aipo_hpc-control-plane"))
@@ -89,7 +91,7 @@ def measure(size: int, arguments: argparse.Namespace, python: Path) -> list[Row]
             work = arguments.dir / f"{os.getpid()}-{tool}-{size}-{turn}"
             plan = payload.Plan(work, size, arguments.seed + turn, arguments.seconds)
             contender: Contender = CONTENDERS[tool](plan, python)
-            outcomes[tool].append(run_to_the_end(contender, plan))
+            outcomes[tool].append(run_to_the_end(contender, plan, arguments.patience))
             print(f"{tool} {size} turn {turn}: {outcomes[tool][-1]}", file=sys.stderr, flush=True)
     raw = outcomes.get("raw", [])
     return [summarize(tool, size, each, raw) for tool, each in outcomes.items()]

@@ -1,10 +1,14 @@
 """Run a contender to the end as a patient person would, and observe what it took."""
 
+import getpass
 import itertools
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -33,24 +37,30 @@ class Outcome:
     human: int
 
 
-def run_to_the_end(contender: Contender, plan: Plan) -> Outcome:
-    """Type the contender's command, and again while shards are missing. Raises RuntimeError if that leads nowhere."""
+def run_to_the_end(contender: Contender, plan: Plan, patience: float) -> Outcome:
+    """Type the contender's command, and again while shards are missing; an infinite makespan: not within ``patience``.
+
+    Raises RuntimeError if that leads nowhere.
+    """
     plan.write()
     log = plan.work / "commands.log"
     environment = {**os.environ, **contender.environment, "PATH": f"{wrappers(plan.work, log)}:{os.environ['PATH']}"}
     human, stuck, cpu = 0, 0, 0.0
     started = time.time()
     while True:
-        cpu += run_measured(contender.command(), environment, plan.work)
+        left = started + patience - time.time()
+        cpu += run_measured(contender.command(), environment, plan.work, left)
+        if time.time() > started + patience:
+            subprocess.run(["scancel", f"--user={getpass.getuser()}"], check=True)  # of the throw-away Slurm
         stuck += wait_until_idle(plan)
-        if not plan.missing(2):
+        if not plan.missing(2) or time.time() > started + patience:
             break
         human += 1
         if human > MOST_HUMAN_COMMANDS:
             raise RuntimeError(f"{contender}: still not finished after {human} commands; see {plan.work}")
     events = [json.loads(path.read_text()) for path in (plan.work / "events").iterdir()]
     return Outcome(
-        makespan=max(event["end"] for event in events if event["ok"]) - started,
+        makespan=math.inf if plan.missing(2) else max(event["end"] for event in events if event["ok"]) - started,
         commands=len(log.read_text().splitlines()) if log.exists() else 0,
         cpu=cpu,
         executions=len(events),
@@ -66,11 +76,14 @@ def stuck_commands(stuck: int) -> int:
     return 1 if stuck else 0
 
 
-def run_measured(command: list[str], environment: dict[str, str], work: Path) -> float:
-    """Run a driving command to its end; processor seconds of it and of the commands that it called."""
+def run_measured(command: list[str], environment: dict[str, str], work: Path, most_seconds: float) -> float:
+    """Run a driving command to its end, or to that of one's patience; processor seconds of it and of what it called."""
     with (work / "driver.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, cwd=work, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, cwd=work, stdout=log, stderr=log, start_new_session=True)
+        impatience = threading.Timer(most_seconds, os.killpg, (process.pid, signal.SIGKILL))
+        impatience.start()
         _, _, usage = os.wait4(process.pid, 0)
+        impatience.cancel()
         process.returncode = 0
     return usage.ru_utime + usage.ru_stime
 
@@ -108,13 +121,16 @@ def overlapping(events: list[dict[str, float]]) -> int:
 
 
 def wrappers(work: Path, log: Path) -> Path:
-    """A folder of client commands that write a line to ``log`` and then are the real ones."""
-    folder = work / "bin"
+    """A folder of client commands that write a line to ``log`` and then are the real ones.
+
+    They find the cluster also where a tool takes SLURM_* out of the environment of its jobs, as snakemake's plugin does.
+    """
+    folder, conf = work / "bin", os.environ["SLURM_CONF"]
     folder.mkdir()
     for name in CLIENTS:
         real = shutil.which(name)
         if real is not None:
             script = folder / name
-            script.write_text(f'#!/bin/sh\necho {name} >> {log}\nexec {real} "$@"\n')
+            script.write_text(f'#!/bin/sh\necho {name} >> {log}\nexport SLURM_CONF={conf}\nexec {real} "$@"\n')
             script.chmod(0o755)
     return folder
