@@ -21,7 +21,6 @@ from aipo_hpc.decision import Decision
 from aipo_hpc.driver import Driver, Tell
 from aipo_hpc.errors import ClusterError, SubmitRefused
 from aipo_hpc.journal import Journal
-from aipo_hpc.living import LOST_AFTER
 from aipo_hpc.recipe import Recipe
 from aipo_hpc.store import Run
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 LOOK_AGAIN = 15
 """Minutes after which a step comes though nothing has ended."""
-_LONGEST = 2 * LOST_AFTER + 60.0
-"""Seconds for which a step stays at most for elements of which it is not known yet what became of them."""
 _MOST_WATCHED = 20
 """Submissions that a step waits for, at most: the oldest of many."""
 
@@ -69,7 +66,6 @@ class Chain:
         self._journal = journal
         self._tell = tell
         self._own_id = own_id
-        self._began = time.time()
         self._wait: float | None = None
         """Seconds until a shard that failed is tried again, if one is."""
 
@@ -91,7 +87,7 @@ class Chain:
         """Whether something will be known so soon that no successor is needed for it, or could be sent for it."""
         due = [when for shards in decision.waiting.values() for when in shards.values()]
         self._wait = max(self._delay, min(due) - time.time()) if due else None
-        return self._driver.unheard or (decision.settling and time.time() - self._began < _LONGEST)
+        return self._driver.unheard or self._driver.settling(decision)
 
     def _pass_on(self) -> None:
         for step in self._steps.living(but=self._own_id):

@@ -22,6 +22,7 @@ from aipo_hpc.graph import Graph
 from aipo_hpc.here import run_here
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
+from aipo_hpc.living import LOST_AFTER
 from aipo_hpc.manifest import Manifests
 from aipo_hpc.reconcile import reconcile
 from aipo_hpc.retention import Retention
@@ -31,6 +32,10 @@ from aipo_hpc.store import Run
 
 Tell = Callable[[str], None]
 Show = Callable[[Decision, View], None]
+
+
+_LONGEST_SETTLING = 2 * LOST_AFTER + 60.0
+"""Seconds for which a driver that does not stay waits at most for elements of which it is not known what became of them."""
 
 
 class Cancelled(Exception):
@@ -63,6 +68,7 @@ class Driver:
         self._states: Mapping[str, Mapping[int, TaskState]] = {}
         self._queried = 0.0
         self._asked = float("-inf")
+        self._began = time.time()
         self.unheard = False
         """The scheduler did not answer the last query."""
         self._over_since: dict[Element, float] = {}
@@ -92,6 +98,10 @@ class Driver:
                 if not stay(decision):
                     return False
                 time.sleep(poll_seconds)
+
+    def settling(self, decision: Decision) -> bool:
+        """Whether it will soon be known what became of an element that has ended: not a matter for who comes next."""
+        return decision.settling and time.time() - self._began < _LONGEST_SETTLING
 
     def outstanding(self) -> list[str]:
         """The cluster's ids of submissions that, for all that is known, still wait or run."""

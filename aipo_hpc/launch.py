@@ -69,7 +69,10 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
     with Lease(run) as lease:
         run.write_recipe({"run_id": run_id, "recipe": recipe.name, "settings": settings.everything(recipe)})
         journal = Journal(run)
-        journal.launch(cluster=recipe.cluster, drive=recipe.drive)
+        if recipe.drive == "once" and journal.launched:
+            journal.step()  # cron's, not the user's: what was given up stays so
+        else:
+            journal.launch(cluster=recipe.cluster, drive=recipe.drive)
         for job in graph.jobs.values():
             run.job(job.name).create(job_record(graph, job, recipe.payload_timeout))
         # Here and now, so that what is wrong with the prompts is told before anything is submitted.
@@ -80,7 +83,7 @@ def launch(recipe: Recipe, cluster: Cluster | None = None) -> Run:
         driver = Driver(run, run_id, graph, cluster, journal, lease, screen.tell, screen.show, recipe.keep_models)
         with screen:
             if recipe.drive == "once":
-                if not driver.tick().finished:
+                if not driver.follow(recipe.poll_seconds, stay=driver.settling):
                     return run
             elif recipe.drive == "chain":
                 steps = make_steps(recipe, cluster, run_id)
