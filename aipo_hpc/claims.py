@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from aipo_hpc.durable import full_disk_named, list_names, sync_folder
 from aipo_hpc.errors import AipoError
-from aipo_hpc.store import JobFolder
+from aipo_hpc.job_folder import JobFolder
 
 _CLAIMS, _BLOCKS, _LEFT = "claims", "blocks", ".left"
 

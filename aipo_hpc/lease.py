@@ -23,8 +23,9 @@ from typing import Any
 
 from aipo_hpc.durable import full_disk_named, list_names, write_durably
 from aipo_hpc.errors import RunError
+from aipo_hpc.job_folder import SET_ASIDE
 from aipo_hpc.processes import start_time
-from aipo_hpc.store import LEASE, SET_ASIDE, Run
+from aipo_hpc.store import LEASE, Run
 
 _RENEW_SECONDS = 15.0
 EXPIRES_SECONDS = 120.0

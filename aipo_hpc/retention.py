@@ -10,10 +10,11 @@ from collections.abc import Set as AbstractSet
 
 from aipo_hpc.durable import visible_size
 from aipo_hpc.graph import Edge, Graph
+from aipo_hpc.job_folder import JobFolder
 from aipo_hpc.journal import Journal
 from aipo_hpc.ledger import counts, effort, finished, pruned_models
 from aipo_hpc.sentinel import Sentinel
-from aipo_hpc.store import JobFolder, Run
+from aipo_hpc.store import Run
 
 MODEL = "model/"
 

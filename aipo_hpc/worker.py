@@ -22,10 +22,11 @@ from aipo_hpc.claims import Claims, NothingLeft, is_shared
 from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.failures import classify, deaths
+from aipo_hpc.job_folder import JobFolder
 from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain, with_smaller_batches
 from aipo_hpc.stage_table import STAGES
-from aipo_hpc.store import JobFolder, Run
+from aipo_hpc.store import Run
 from aipo_hpc.task import Input, Outcome, Place, Task
 from aipo_hpc.versions import used_versions
 

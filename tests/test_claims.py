@@ -15,10 +15,11 @@ from slow_stage import JOB, SlowConfig, answer, batches_of, prompts, slow_graph
 from aipo_hpc import blocks
 from aipo_hpc.blocks import Blocks
 from aipo_hpc.claims import Claims, NothingLeft, is_shared, left, unclaimed
+from aipo_hpc.job_folder import JobFolder
 from aipo_hpc.progress import ROWS, Progress
 from aipo_hpc.rows import Candidate, Responses, read_rows
 from aipo_hpc.sentinel import BY_DRIVER, Failure, Sentinel
-from aipo_hpc.store import JobFolder, Run
+from aipo_hpc.store import Run
 from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Task
 

@@ -157,7 +157,7 @@ def test_a_full_disk_stops_the_final_rows(tmp_path: Path) -> None:
         (disk / "one").mkdir()
         with Progress(Task("iter-00/generate", 0, 0, 1, 7, {}, disk / "one"), Responses) as progress:
             progress.append(responses(1))
-            progress._sync()
+            progress.sync()
             fill(disk)
             with pytest.raises(DiskFull, match=rf"rows\.parquet: .*{ADVICE}"):
                 progress.finish(["p1"])

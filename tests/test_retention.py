@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes import ScriptedCluster, driven, sentinel, write_run
 
-from aipo_hpc import store, worker
+from aipo_hpc import job_folder, worker
 from aipo_hpc.cancel import reset_job
 from aipo_hpc.damage import Inspector
 from aipo_hpc.errors import InputNotVisible, RecipeError
@@ -189,7 +189,7 @@ def test_a_driver_that_has_nothing_new_to_look_at_lists_no_model(
     finish_run(run, graph, [0.5, 0.7, 0.6, 0.4])
     with driven(run, graph, ScriptedCluster(), keep_models=1) as at_work:
         at_work.driver.tick()
-        monkeypatch.setattr(store.JobFolder, "prune", lambda *_: pytest.fail("looked again"))
+        monkeypatch.setattr(job_folder.JobFolder, "prune", lambda *_: pytest.fail("looked again"))
         monkeypatch.setattr("aipo_hpc.retention.expendable", lambda *_: pytest.fail("asked again"))
         at_work.driver.tick()
 
@@ -223,7 +223,7 @@ def test_a_driver_killed_after_the_note_does_no_harm_and_the_next_one_deletes_th
 ) -> None:
     finish_run(run, graph, [0.5, 0.7, 0.6, 0.4])
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", where(shutil.rmtree))
+        patch.setattr(job_folder.shutil, "rmtree", where(shutil.rmtree))
         with pytest.raises(Killed):
             tick(run, graph, 1)
     assert models(run) == [True] * 4, "the weights are still there"
@@ -242,10 +242,10 @@ def test_a_driver_killed_before_the_note_has_deleted_nothing(
             raise Killed
         original(path, text)
 
-    original = store.write_durably
+    original = job_folder.write_durably
     finish_run(run, graph, [0.5, 0.7, 0.6, 0.4])
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_durably", killed)
+        patch.setattr(job_folder, "write_durably", killed)
         with pytest.raises(Killed):
             tick(run, graph, 1)
     assert pruned_models(Run(run.path), graph) == set()

@@ -17,8 +17,9 @@ from fakes import OUT, chain, finish, sentinel, small_disk
 
 from aipo_hpc.errors import InputNotVisible, RunError
 from aipo_hpc.graph import Graph
+from aipo_hpc.job_folder import JobFolder
 from aipo_hpc.sentinel import Failure, Sentinel
-from aipo_hpc.store import JobFolder, Run
+from aipo_hpc.store import Run
 
 JOB = "iter-00/a"
 
@@ -266,7 +267,7 @@ def test_earlier_attempts_are_told_oldest_first(run: Run) -> None:
 
 
 def test_an_attempt_that_vanishes_while_it_is_listed_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aipo_hpc.store.list_names", lambda folder: ["gone"])
+    monkeypatch.setattr("aipo_hpc.job_folder.list_names", lambda folder: ["gone"])
     _, earlier = run.job(JOB).begin_attempt(0, "one")
     assert earlier == ()
 
@@ -283,7 +284,7 @@ def test_failures_are_kept_under_numbers_and_told_oldest_first(run: Run) -> None
 
 def test_a_failure_never_replaces_another_that_took_the_same_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.job(JOB).record_failure(failure(1))
-    monkeypatch.setattr("aipo_hpc.store.list_names", lambda folder: [])
+    monkeypatch.setattr("aipo_hpc.job_folder.list_names", lambda folder: [])
     assert run.job(JOB).record_failure(failure(2)).name == "00001.2.json"
 
 

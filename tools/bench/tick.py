@@ -22,6 +22,7 @@ from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.driver import Driver
 from aipo_hpc.errors import SubmitRefused
 from aipo_hpc.graph import Edge, Graph, Job, make_graph
+from aipo_hpc.job_folder import JobFolder
 from aipo_hpc.journal import Journal
 from aipo_hpc.lease import Lease
 from aipo_hpc.record import job_record, read_graph
@@ -29,7 +30,7 @@ from aipo_hpc.resources import Resources
 from aipo_hpc.sentinel import Output, Sentinel
 from aipo_hpc.stages.generate import GenerateConfig
 from aipo_hpc.stages.pairs import PairsConfig
-from aipo_hpc.store import JobFolder, Run
+from aipo_hpc.store import Run
 
 MANY, ONE = "iter-00/generate", "iter-00/pairs"
 
