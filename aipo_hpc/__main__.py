@@ -115,13 +115,16 @@ def logs(run: Folder, job: Annotated[str, tyro.conf.Positional] = "", shard: Ann
     shown = 0
     for name in [job] if job else graph.jobs:
         done = opened.job(name).done(graph.fingerprints[name])
-        latest = {failure.shard: failure for failure in opened.job(name).failures()}
+        # A shard's own failures say more of it than those of extra tasks.
+        failures = sorted(opened.job(name).failures(), key=lambda failure: not failure.extra)
+        latest = {failure.shard: failure for failure in failures}
         for number, failure in sorted(latest.items()):
             if shard not in (-1, number) or (number in done and shard == -1):
                 continue
             shown += 1
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(failure.time))
-            print(f"== {name} shard {number}, attempt {failure.attempt} on {failure.host}, {when}: {failure.kind}")
+            attempt = f"{'extra ' if failure.extra else ''}attempt {failure.attempt}"
+            print(f"== {name} shard {number}, {attempt} on {failure.host}, {when}: {failure.kind}")
             print(failure.message)
             print(failure.traceback.rstrip())
             print_tail(failure.log, lines)

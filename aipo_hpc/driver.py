@@ -275,7 +275,8 @@ class Driver:
         )
         self._over_since.pop((record.submission, record.index), None)
         if record.kind != "dependency":
-            self._tell(f"{record.job} shard {record.shard}: {record.kind}, {record.message}")
+            who = ", an extra task" if submission.extra else ""
+            self._tell(f"{record.job} shard {record.shard}{who}: {record.kind}, {record.message}")
 
     def _submit(self, submit: Submit) -> bool:
         """Send shards off; False if the scheduler has no room for them now."""

@@ -5,7 +5,7 @@ then shared with extra tasks, once in a launch: they take blocks of it that nobo
 there are none. One that fails is not replaced, since its shard's own task does what nobody else does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 
 from aipo_hpc.clusters import Limits
@@ -19,12 +19,12 @@ LEAST = 120.0
 """Seconds that a shard must have run: a new task needs its time to begin."""
 
 
-def last_shards(job: Job, done: Iterable[int]) -> list[int]:
+def last_shards(job: Job, done: Collection[int]) -> list[int]:
     """The shards that are not done, if they are the last few of a job whose shards can be shared; else none."""
-    if getattr(job.config, "share_after", None) is None:
+    few = 0 < job.num_shards - len(done) <= max(1, LAST * job.num_shards)
+    if not few or getattr(job.config, "share_after", None) is None:
         return []
-    missing = sorted(set(range(job.num_shards)) - set(done))
-    return missing if len(missing) <= max(1, LAST * job.num_shards) else []
+    return [shard for shard in range(job.num_shards) if shard not in done]
 
 
 def more_tasks(

@@ -1,19 +1,24 @@
 """Which shards get more tasks: tables of a look at the world and the extra tasks expected."""
 
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import Clock, ScriptedCluster, driven, write_run
 from slow_stage import JOB, SlowConfig, slow_graph
 
 from aipo_hpc.adjustment import Adjustment
+from aipo_hpc.claims import Claims
 from aipo_hpc.clusters import Limits, Submission, TaskState
 from aipo_hpc.decision import Decision, Sharing, Submit, View
 from aipo_hpc.failures import standings
 from aipo_hpc.leftovers import LEAST, last_shards
 from aipo_hpc.reconcile import reconcile
 from aipo_hpc.resources import Resources
-from aipo_hpc.sentinel import Failure
+from aipo_hpc.sentinel import Failure, Sentinel
+from aipo_hpc.store import Run
 
 NOW = 10_000.0
 SLURM = Limits(dependencies=True, max_array_size=1000, settle=15.0, query_interval=0.0)
@@ -155,3 +160,53 @@ def test_extra_tasks_take_room_on_a_machine_without_a_queue() -> None:
     shared = Sharing(took={JOB: [1.0] * 8}, extra=(replace(extra("s-2", 1), shards=(3,)),))
     look = View({JOB: set(range(10)) - {3, 4, 5}}, {}, (own,), states, NOW, {}, 1, NOW, shared=shared)
     assert decide(look, limits=ONE_MACHINE) == (Submit(JOB, (4,)),)
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_driver_sends_extra_tasks_knows_them_again_and_ends_them_when_the_shard_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(now=time.time() + 60).install(monkeypatch)  # later than what the journal says of its own writing
+    graph = slow_graph(4, SlowConfig())
+    run = write_run(tmp_path / "run", graph)
+    cluster = ScriptedCluster()
+
+    def finish(shard: int) -> None:
+        run.job(JOB).publish(Sentinel(JOB, shard, graph.fingerprints[JOB], "one", 1, 1, (), {}, {}, 1.0, 2.0, "here"))
+
+    with driven(run, graph, cluster) as at_work:
+        at_work.driver.tick()
+        (own,) = cluster.taken
+        for shard in range(3):
+            finish(shard)
+        cluster.told[own.name] = {3: ran(200)}
+        clock.sleep(1)
+        at_work.driver.tick()
+        assert cluster.taken == [own], "its task has not begun to claim"
+        claims = Claims(run.job(JOB), 3, f"{own.name}.3.r0", graph.fingerprints[JOB])
+        claims.open(10)
+        claims.take(range(10))
+        at_work.driver.tick()
+        (_, extra) = cluster.taken
+        assert (extra.shards, extra.extra) == ((3, 3, 3), True)
+        assert at_work.lines[-1] == f"{JOB}: sent 3 more for shard 3 as 2"
+    with driven(Run(run.path), graph, cluster) as later:
+        clock.sleep(1)
+        later.driver.tick()
+        assert cluster.taken == [own, extra], "they are known"
+        assert "2" in later.driver.outstanding(), "a chain's next step is told of their end"
+        cluster.told[extra.name] = {0: ran(9), 1: ran(9), 2: TaskState(alive=False, kind="out_of_memory")}
+        for _ in range(20):
+            clock.sleep(1)
+            later.driver.tick()
+        (failure,) = run.job(JOB).failures()
+        assert (failure.extra, failure.shard, failure.kind) == (True, 3, "out_of_memory")
+        assert f"{JOB} shard 3, an extra task: out_of_memory" in later.lines[0]
+        assert later.lines[1:] == [f"{JOB}: sent 1 more for shard 3 as 3"], (
+            "a new launch sends once more, if there is room"
+        )
+        finish(3)
+        assert later.driver.tick().finished
+        assert cluster.cancelled == [each.name for each in cluster.taken[1:]]
