@@ -109,6 +109,7 @@ def test_two_executions_of_a_shard_at_the_same_time_are_found() -> None:
     assert execution(10, 40).overlaps(execution(15, 30))
     assert not execution(10, 20).overlaps(execution(20, 30)), "one after the other"
     assert not execution(10, 20).overlaps(execution(15, 30, shard=1)), "another shard"
+    assert not execution(10, 20).overlaps(replace(execution(15, 30), extra=True)), "one that does part of it"
 
 
 def test_the_execution_that_made_a_shard_is_told_from_a_wasted_one() -> None:

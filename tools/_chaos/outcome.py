@@ -28,10 +28,12 @@ class Execution:
     begin: float
     end: float
     tasks: int
+    extra: bool = False
+    """Whether it did part of a shard along with another one, as it was meant to."""
 
     def overlaps(self, other: "Execution") -> bool:
-        """Whether both were at work at once; the accounting knows whole seconds."""
-        same = (self.job, self.shard) == (other.job, other.shard)
+        """Whether both were at work at once and should not; the accounting knows whole seconds."""
+        same = (self.job, self.shard) == (other.job, other.shard) and not (self.extra or other.extra)
         return same and min(self.end, other.end) - max(self.begin, other.begin) > 1.0
 
 
@@ -168,5 +170,6 @@ def read_executions(world: World, graph: Graph) -> list[Execution]:
         resources = graph.jobs[submission.job].resources
         assert resources is not None
         tasks = resources.nodes * resources.tasks_per_node
-        executions.append(Execution(submission.job, submission.shards[index], name, index, float(begin), over, tasks))
+        shard, extra = submission.shards[index], submission.extra
+        executions.append(Execution(submission.job, shard, name, index, float(begin), over, tasks, extra))
     return executions
