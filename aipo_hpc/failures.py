@@ -84,12 +84,14 @@ def classify(error: BaseException) -> str:
     if isinstance(error, UserError):
         return "user_error"
     named = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in named or "out of memory" in named.lower():
+    if isinstance(error, MemoryError) or any(sign in named.lower() for sign in _NO_MEMORY):
         return "out_of_memory"
     if any(sign in named for sign in _ANOTHER_PROCESS_DIED):
         return "killed"
     return "error"
 
+
+_NO_MEMORY = ("outofmemoryerror", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 _ANOTHER_PROCESS_DIED = (
     "EngineDeadError",

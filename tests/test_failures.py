@@ -147,6 +147,8 @@ def test_what_a_bad_node_did_is_not_held_against_the_shards() -> None:
         (InputNotVisible("x"), "input_not_visible"),
         (MemoryError(), "out_of_memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "out_of_memory"),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "killed"),
         (RuntimeError("[../third_party/gloo] Connection closed by peer [127.0.0.1]:2345"), "killed"),
         (type("EngineDeadError", (Exception,), {})("see the trace above"), "killed"),
