@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakes import Clock, chain, write_run
+from finished import finish_run
 from pairrm_checkpoint import Checkpoint, build_checkpoint
 from sandbox import Sandbox, running_sandbox
 from tiny_models import tiny_model_folder
@@ -50,6 +51,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranker_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A small ranker in both of the published formats, and the base model that llm-blender asks for."""
     return build_checkpoint(tmp_path_factory.mktemp("ranker"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, see ``finished``. Copy it."""
+    return finish_run(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture

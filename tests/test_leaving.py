@@ -1,14 +1,15 @@
 """Asked to leave before the end: stages stop where nothing is lost, training saves, and what is continued is the same."""
 
 import os
-import shutil
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from finished import PROMPTS_PER_CALL, unfinished
 from sandbox import Sandbox
 from test_slurm_run import command, driver, output_hashes, wait_until
 from tiny_models import tiny_model_folder
@@ -17,9 +18,7 @@ from training_tasks import LEFT, PLAIN, identical, launch, logs, metrics, scored
 from aipo_hpc import leaving
 from aipo_hpc.clusters.envelope import SubmititEnvelope, notice
 from aipo_hpc.journal import Journal
-from aipo_hpc.launch import launch as launch_run
 from aipo_hpc.progress import Progress
-from aipo_hpc.recipe import load_recipe
 from aipo_hpc.record import read_graph
 from aipo_hpc.resources import Resources
 from aipo_hpc.store import Run
@@ -30,6 +29,14 @@ from aipo_hpc.worker import Envelope
 def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaving, "_asked", leaving.NOT_ASKED)
     monkeypatch.setattr(leaving, "_ending", False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_asked_to_stop_a_stage_stops_and_asked_to_save_it_goes_on() -> None:
@@ -49,42 +56,17 @@ def test_the_notice_is_a_quarter_of_the_time_and_two_minutes_at_most(minutes: in
     assert notice(Resources(time=minutes)) == seconds
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one iteration in which every stage has several batches."""
-    demo = load_recipe("demo")
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("aipo_hpc.rankers.pairrm.PairRM.prompts_per_call", 4)
-        launch_run(
-            replace(
-                demo,
-                cluster="inline",
-                run_dir=str(folder),
-                iterations=1,
-                poll_seconds=0.05,
-                data=replace(demo.data, limit=16, num_held_out=2),
-                generate=replace(demo.generate, n=2, max_tokens=8, num_shards=1, batch_size=4),
-                reference=replace(demo.reference, tokens_per_batch=64),
-                train=replace(demo.train, num_train_epochs=1, global_batch_size=8, per_device_train_batch_size=4),
-            )
-        )
-    return folder
-
-
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stage", ["generate", "rank", "reference"])
 def test_a_stage_that_leaves_is_continued_and_gives_the_same_bytes(
-    tmp_path: Path, finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, finished_run: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr("aipo_hpc.rankers.pairrm.PairRM.prompts_per_call", 4)
-    whole = Run(tmp_path / "run")
+    monkeypatch.setattr("aipo_hpc.rankers.pairrm.PairRM.prompts_per_call", PROMPTS_PER_CALL)
     job = f"iter-00/{stage}"
+    whole, (before,) = unfinished(finished_run, tmp_path / "run", (job, 0))
     graph = read_graph(whole)
     envelope = Envelope(str(whole.path), job, 0, "again", 0, 1)
-    (before,) = whole.job(job).done(graph.fingerprints[job]).values()
-    whole.job(job).retract(0)
 
     append = Progress.append
 
@@ -94,8 +76,6 @@ def test_a_stage_that_leaves_is_continued_and_gives_the_same_bytes(
 
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "append", append_and_be_asked)
-        for earlier in (whole.path / job / "shards/00000").iterdir():
-            earlier.rename(tmp_path / earlier.name)
         with pytest.raises(leaving.Left):
             envelope.run()
     rows = (whole.path / job / "shards/00000/again.0.r0/progress.jsonl").read_text().splitlines()
@@ -104,7 +84,7 @@ def test_a_stage_that_leaves_is_continued_and_gives_the_same_bytes(
     monkeypatch.setattr(leaving, "_asked", leaving.NOT_ASKED)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     envelope.run()
-    (after,) = whole.job(job).done(graph.fingerprints[job]).values()
+    after = whole.job(job).done(graph.fingerprints[job])[0]
     assert after.attempt == "again.0.r1" and after.outputs == before.outputs
     print(f"{stage}: left with {len(rows)} of {before.rows} rows; the continued shard has the same bytes")
 
