@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model_folder
-from training_tasks import PLAIN, identical, largest_difference, launch, logs, metrics, scored_rows, train_task, weights
+from training_tasks import (
+    PLAIN,
+    identical,
+    killed_and_resumed,
+    largest_difference,
+    launch,
+    logs,
+    metrics,
+    scored_rows,
+    train_task,
+    weights,
+)
 
 from aipo_hpc.errors import RecipeError
 from aipo_hpc.recipe import Recipe, validate
@@ -93,15 +104,9 @@ def test_a_bfloat16_policy_has_fp32_adapters_and_a_bfloat16_model(tmp_path: Path
 
 def test_kill_9_and_resume_give_the_weights_of_an_undisturbed_run(tmp_path: Path, rows: Path, model: Path) -> None:
     config = {**LORA, "save_steps": 1, "lora_dropout": 0.1, "num_train_epochs": 2.0}
-    whole = train_task(tmp_path / "whole", rows, model)
-    run(TrainConfig(**config), whole)
-    first = train_task(tmp_path / "first", rows, model)
-    assert launch(first, die="after step 3", **config) == [-9], logs(first)
-    second = train_task(tmp_path / "second", rows, model, earlier=(first.out,))
-    outcome = run(TrainConfig(**config), second)
-    assert outcome.counts["resumed_from_step"] == 2
-    assert identical(whole.out / "adapter", second.out / "adapter")
-    assert identical(whole.out / "model", second.out / "model")
+    whole, resumed = killed_and_resumed(train_task, tmp_path, rows, model, **config)
+    assert identical(whole / "adapter", resumed / "adapter")
+    assert identical(whole / "model", resumed / "model")
 
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -124,14 +129,8 @@ def test_kill_9_under_zero_and_resume_give_the_adapters_of_an_undisturbed_run(
 ) -> None:
     pytest.importorskip("deepspeed")
     config = {**LORA, "zero_stage": zero_stage, "save_steps": 1}
-    whole = train_task(tmp_path / "whole", rows, model)
-    assert launch(whole, num_processes=2, **config) == [0, 0], logs(whole)
-    first = train_task(tmp_path / "first", rows, model)
-    assert launch(first, num_processes=2, die="after step 3", **config) == [-9, -9], logs(first)
-    second = train_task(tmp_path / "second", rows, model, earlier=(first.out,))
-    assert launch(second, num_processes=2, **config) == [0, 0], logs(second)
-    assert "'resumed_from_step': 2" in logs(second)
-    assert identical(whole.out / "adapter", second.out / "adapter")
+    whole, resumed = killed_and_resumed(train_task, tmp_path, rows, model, num_processes=2, **config)
+    assert identical(whole / "adapter", resumed / "adapter")
 
 
 def test_four_bits_need_adapters_and_weights_that_are_not_split() -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model_folder
-from training_tasks import identical, largest_difference, launch, logs, metrics, sft_task, text, weights
+from training_tasks import (
+    identical,
+    killed_and_resumed,
+    largest_difference,
+    launch,
+    logs,
+    metrics,
+    sft_task,
+    text,
+    weights,
+)
 
 from aipo_hpc.chat import load_tokenizer, prompt_ids, response_ids
 from aipo_hpc.errors import DataError, RecipeError
@@ -133,15 +143,9 @@ def test_training_learns_and_writes_a_model_for_the_next_stage(tmp_path: Path, r
 
 def test_kill_9_and_resume_give_the_weights_of_an_undisturbed_run(tmp_path: Path, rows: Path, model: Path) -> None:
     config = {**PLAIN, "save_steps": 1, "num_train_epochs": 2.0, "per_device_train_batch_size": 1}
-    whole = sft_task(tmp_path / "whole", rows, model)
-    run(SftConfig(**config), whole)
-    first = sft_task(tmp_path / "first", rows, model)
-    assert launch(first, die="after step 3", **config) == [-9], logs(first)
-    second = sft_task(tmp_path / "second", rows, model, earlier=(first.out,))
-    outcome = run(SftConfig(**config), second)
-    assert outcome.counts["resumed_from_step"] == 2
-    assert identical(whole.out / "model", second.out / "model")
-    assert [line["loss"] for line in metrics(whole.out)] == [line["loss"] for line in metrics(second.out)]
+    whole, resumed = killed_and_resumed(sft_task, tmp_path, rows, model, **config)
+    assert identical(whole / "model", resumed / "model")
+    assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(resumed)]
 
 
 def test_two_processes_under_zero_2_train_as_one_without(tmp_path: Path, rows: Path, model: Path) -> None:

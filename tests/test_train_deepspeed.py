@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model_folder
-from training_tasks import PLAIN, identical, largest_difference, launch, logs, metrics, scored_rows, train_task, weights
+from training_tasks import (
+    PLAIN,
+    identical,
+    killed_and_resumed,
+    largest_difference,
+    launch,
+    logs,
+    metrics,
+    scored_rows,
+    train_task,
+    weights,
+)
 
 from aipo_hpc.stages.train import TrainConfig, run
 
@@ -83,15 +94,11 @@ def test_kill_9_under_zero_and_resume_give_the_weights_of_an_undisturbed_run(
     tmp_path: Path, rows: Path, model: Path, zero_stage: int
 ) -> None:
     config = {**PLAIN, "dtype": "bfloat16", "zero_stage": zero_stage, "num_train_epochs": 2.0, "save_steps": 1}
-    whole = train_task(tmp_path / "whole", rows, model)
-    assert launch(whole, num_processes=2, **config) == [0, 0], logs(whole)
-    first = train_task(tmp_path / "first", rows, model)
-    assert launch(first, num_processes=2, die="in save of step 3", **config) == [-9, -9], logs(first)
-    second = train_task(tmp_path / "second", rows, model, earlier=(first.out,))
-    assert launch(second, num_processes=2, **config) == [0, 0], logs(second)
-    assert "'resumed_from_step': 2" in logs(second)
-    assert identical(whole.out / "model", second.out / "model")
-    assert metrics(whole.out) == metrics(second.out)
+    whole, resumed = killed_and_resumed(
+        train_task, tmp_path, rows, model, num_processes=2, die="in save of step 3", **config
+    )
+    assert identical(whole / "model", resumed / "model")
+    assert metrics(whole) == metrics(resumed)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,18 @@ def sft_task(out: Path, rows: Path, model: Path, *, earlier: tuple[Path, ...] = 
     return Task("iter-00/sft", 0, 0, 1, 7, inputs, out, earlier)
 
 
-_DATA = {"iter-00/train": "pairs", "iter-00/sft": "conversations"}
+_STAGES: dict[str, tuple[Callable[..., Task], Any, Callable[..., Any], str]] = {
+    "iter-00/train": (train_task, train, train.TrainConfig, "pairs"),
+    "iter-00/sft": (sft_task, sft, sft.SftConfig, "conversations"),
+}
+"""Of a job: what makes its task, its stage, the stage's settings, and its input with the data."""
+
+
+def run_here(task: Task, **config: Any) -> Outcome:
+    """Train ``task`` in this process."""
+    _, stage, settings, _ = _STAGES[task.job]
+    outcome: Outcome = stage.run(settings(**config), task)
+    return outcome
 
 
 def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **config: Any) -> list[int]:
@@ -91,9 +103,9 @@ def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **conf
         port = free.getsockname()[1]
     spec = {
         "config": config,
-        "stage": task.job.partition("/")[2],
+        "job": task.job,
         "task": {
-            "rows": str(task.inputs[_DATA[task.job]].files[0]),
+            "rows": str(task.inputs[_STAGES[task.job][-1]].files[0]),
             "model": task.inputs["policy"].model,
             "out": str(task.out),
             "earlier": [str(folder) for folder in task.earlier],
@@ -117,6 +129,37 @@ def launch(task: Task, *, num_processes: int = 1, die: str | None = None, **conf
         for process in processes:
             process.kill()
             process.wait()
+
+
+def killed_and_resumed(
+    make: Callable[..., Task],
+    folder: Path,
+    rows: Path,
+    model: Path,
+    *,
+    num_processes: int = 1,
+    die: str = "after step 3",
+    **config: Any,
+) -> tuple[Path, Path]:
+    """Train undisturbed, and in an attempt that is killed in its third step, of which another goes on from the second.
+
+    Returns the folders of the undisturbed training and of the attempt that went on. One process is this one, but for the
+    killed.
+    """
+
+    def finish(task: Task) -> str:
+        if num_processes == 1:
+            return str(run_here(task, **config))
+        assert launch(task, num_processes=num_processes, **config) == [0] * num_processes, logs(task)
+        return logs(task)
+
+    whole, first = make(folder / "whole", rows, model), make(folder / "first", rows, model)
+    finish(whole)
+    killed = [-signal.SIGKILL] * num_processes
+    assert launch(first, num_processes=num_processes, die=die, **config) == killed, logs(first)
+    second = make(folder / "second", rows, model, earlier=(first.out,))
+    assert "'resumed_from_step': 2" in finish(second)
+    return whole.out, second.out
 
 
 def logs(task: Task) -> str:
@@ -175,10 +218,7 @@ def main() -> Outcome:
     if spec["die"]:
         _die(spec["die"])
     where = spec["task"]
-    make, stage, config = {
-        "train": (train_task, train, train.TrainConfig),
-        "sft": (sft_task, sft, sft.SftConfig),
-    }[spec["stage"]]
+    make = _STAGES[spec["job"]][0]
     task = make(
         Path(where["out"]),
         Path(where["rows"]),
@@ -186,11 +226,10 @@ def main() -> Outcome:
         earlier=tuple(Path(folder) for folder in where["earlier"]),
     )
     try:
-        outcome: Outcome = stage.run(config(**spec["config"]), task)
+        return run_here(task, **spec["config"])
     except leaving.Left as left:
         print(left, flush=True)
         sys.exit(LEFT)
-    return outcome
 
 
 if __name__ == "__main__":
