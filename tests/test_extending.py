@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from aipo_hpc.recipe import load_recipe, validate
 from aipo_hpc.store import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +59,12 @@ def put(folder: Path, block: str) -> str:
     return name
 
 
-def test_a_ranker_an_objective_and_a_stage_are_a_file_and_a_line_each_and_work(tmp_path: Path) -> None:
+def test_a_recipe_a_ranker_an_objective_and_a_stage_are_a_file_and_a_line_each_and_work(tmp_path: Path) -> None:
     for name in ("aipo_hpc", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     names = [put(tmp_path, block) for block in blocks("python")]
     new = [name for name in names if not (ROOT / name).exists()]
-    assert [Path(name).parent.name for name in new] == ["rankers", "objectives", "stages"]
+    assert [Path(name).parent.name for name in new] == ["recipes", "rankers", "objectives", "stages"]
     (typed,) = blocks("bash")
     command = shlex.split(typed.replace("\\\n", " "))
     assert command[0] == "python"
@@ -77,6 +78,12 @@ def test_a_ranker_an_objective_and_a_stage_are_a_file_and_a_line_each_and_work(t
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    mine = load_recipe(str(tmp_path / "recipes" / "mine.py"))
+    validate(mine)
+    assert mine.instruct.num_prompts == 20_000 and [each.name for each in mine.evaluate.benchmarks] == [
+        "mt_bench",
+        "alpaca_eval",
+    ]
     run = Run(tmp_path / "runs" / "extended")
     train, lengths = (run.job(f"iter-00/{name}").read_job() for name in ("train", "lengths"))
     assert train is not None and lengths is not None

@@ -1,5 +1,7 @@
 """The scripts under sbatch/ do, by hand, what a launch does: on a real Slurm, from a prepared run to its report."""
 
+import json
+import random
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from pairrm_checkpoint import Checkpoint
 from sandbox import Sandbox
+from tiny_models import listing_model_folder, task
 
 from aipo_hpc.__main__ import main
 from aipo_hpc.launch import main as launch
@@ -16,12 +19,15 @@ from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
 
 SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "sbatch").glob("*.sbatch"))
-DRIVER, GENERATE, RANK, TRAIN = SCRIPTS
+DRIVER, GENERATE, INSTRUCT, RANK, TRAIN = SCRIPTS
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 
 SMALL = (
-    "recipe=demo", "iterations=1", "data.limit=20", "data.num_held_out=4", "generate.n=2", "generate.max_tokens=8",
+    "recipe=demo", "iterations=1", "data.num_held_out=4", "generate.n=2", "generate.max_tokens=8",
     "train.num_train_epochs=1", "train.global_batch_size=4", "train.per_device_train_batch_size=2",
+    "instruct.engine=transformers", "instruct.dtype=float32", "instruct.num_prompts=16", "instruct.num_shards=2",
+    "instruct.max_tokens=60", "instruct.max_prompt_tokens=300", "instruct.temperature=1", "instruct.top_p=1",
+    "instruct.near_duplicate=1", "instruct.resources.gpus_per_node=0",
 )  # fmt: skip
 
 
@@ -40,7 +46,7 @@ def test_a_script_names_no_account_no_partition_and_no_folder(script: Path) -> N
     assert not [value for _, value in options if "/" in value]
 
 
-@pytest.mark.parametrize("script", [GENERATE, RANK, TRAIN], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [GENERATE, INSTRUCT, RANK, TRAIN], ids=lambda script: script.name)
 def test_a_script_without_arguments_says_how_it_is_called(script: Path) -> None:
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -57,7 +63,13 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
     slurm_sandbox: Sandbox, ranker_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
-    fields = [*SMALL, f"run_dir={tmp_path / 'run'}", f"rank.model_name_or_path={ranker_checkpoint.pairrm}"]
+    draw = random.Random(1)
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in sorted({task(draw) for _ in range(40)})))
+    fields = [
+        *SMALL, f"run_dir={tmp_path / 'run'}", f"rank.model_name_or_path={ranker_checkpoint.pairrm}", f"prompts={seeds}",
+        f"model_name_or_path={listing_model_folder(tmp_path / 'listing')}",
+    ]  # fmt: skip
     run = Run(tmp_path / "run")
 
     def sbatch(*arguments: str | Path) -> str:
@@ -68,6 +80,10 @@ def test_a_prepared_run_is_computed_by_hand_and_finished_by_a_driver_in_a_job(
 
     assert launch([*fields, "drive=prepare"]) == 0
     assert not done_shards(run, "iter-00/generate")
+
+    sbatch("--array=0-1", INSTRUCT, run.path, "iter-00")
+    assert sorted(done_shards(run, "iter-00/instruct")) == [0, 1]
+    assert main(["work", str(run.path), "iter-00/collect"]) == 0
 
     array = sbatch("--array=0-1", GENERATE, run.path, "iter-00")
     sbatch("--array=0-1", RANK, run.path, "iter-00")
