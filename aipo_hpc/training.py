@@ -6,9 +6,11 @@ metrics.jsonl    one line per logged step
 reports/...      what ``report_to`` keeps
 """
 
+import contextlib
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from aipo_hpc import checkpoints, leaving, lora, process_group, trackers
-from aipo_hpc.fine_tuning import FineTuningConfig, gradient_accumulation_steps
+from aipo_hpc.fine_tuning import FineTuningConfig, gradient_accumulation_steps, refuse_missing_packages
 from aipo_hpc.metrics_file import MetricsFile
 from aipo_hpc.model_files import files_below, load_model, recompute_rotary, save_model
 from aipo_hpc.task import Place, Task
@@ -25,6 +27,20 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 MODEL = "model"
 REPORTS = "reports"
+
+
+@contextlib.contextmanager
+def together(config: FineTuningConfig) -> Iterator[Place]:
+    """This process' place among those that train together, for as long as they do.
+
+    Raises RecipeError, before a model is loaded, for a missing package and for batch sizes that do not fit.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    place = Place.here()
+    refuse_missing_packages(config)
+    gradient_accumulation_steps(config, place.world_size)
+    with process_group.joined(place, deepspeed=config.zero_stage > 0):
+        yield place
 
 
 def deepspeed_config(config: FineTuningConfig) -> dict[str, Any] | None:

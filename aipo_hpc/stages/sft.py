@@ -10,7 +10,6 @@ earlier turns), a turn starts a sequence of its own. The trainer packs sequences
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,14 +56,9 @@ def run(config: SftConfig, task: Task) -> Outcome:
 
     Raises RecipeError if the batch sizes do not fit or the loss stops being a number, DataError if nothing can be learnt.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    place = Place.here()
-    fine_tuning.refuse_missing_packages(config)
-    fine_tuning.gradient_accumulation_steps(config, place.world_size)  # refuse before anything is loaded
+    from aipo_hpc import training
 
-    from aipo_hpc import process_group
-
-    with process_group.joined(place, deepspeed=config.zero_stage > 0):
+    with training.together(config) as place:
         return _train(config, task, place)
 
 

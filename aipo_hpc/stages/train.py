@@ -8,7 +8,6 @@ Every process of the task calls ``run`` with the same task; rank 0's outcome is 
 from the newest complete checkpoint of its own folder or of an earlier attempt's.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -72,14 +71,9 @@ def run(config: TrainConfig, task: Task) -> Outcome:
 
     Raises RecipeError if the batch sizes do not fit or the loss stops being a number, DataError if there are no pairs.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    place = Place.here()
-    fine_tuning.refuse_missing_packages(config)
-    fine_tuning.gradient_accumulation_steps(config, place.world_size)  # refuse before anything is loaded
+    from aipo_hpc import training
 
-    from aipo_hpc import process_group
-
-    with process_group.joined(place, deepspeed=config.zero_stage > 0):
+    with training.together(config) as place:
         return _train(config, task, place)
 
 
