@@ -102,8 +102,11 @@ def test_a_bfloat16_policy_has_fp32_adapters_and_a_bfloat16_model(tmp_path: Path
     assert {tensor.dtype for tensor in weights(task.out / "model").values()} == {torch.bfloat16}
 
 
-def test_kill_9_and_resume_give_the_weights_of_an_undisturbed_run(tmp_path: Path, rows: Path, model: Path) -> None:
-    config = {**LORA, "save_steps": 1, "lora_dropout": 0.1, "num_train_epochs": 2.0}
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=[needs_bitsandbytes, pytest.mark.slow])])
+def test_kill_9_and_resume_give_the_weights_of_an_undisturbed_run(
+    tmp_path: Path, rows: Path, model: Path, load_in_4bit: bool
+) -> None:
+    config = {**LORA, "save_steps": 1, "lora_dropout": 0.1, "num_train_epochs": 2.0, "load_in_4bit": load_in_4bit}
     whole, resumed = killed_and_resumed(train_task, tmp_path, rows, model, **config)
     assert identical(whole / "adapter", resumed / "adapter")
     assert identical(whole / "model", resumed / "model")
