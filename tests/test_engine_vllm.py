@@ -32,6 +32,7 @@ from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Message, Pair, Prompt, Responses, read_rows, write_rows
 from aipo_hpc.stages import generate, pairs, rank, reference, train
 from aipo_hpc.stages.generate import GenerateConfig
+from aipo_hpc.suspects import Suspects
 from aipo_hpc.task import Input, Task
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
@@ -305,6 +306,64 @@ def test_a_process_that_fails_with_its_engine_loaded_ends(model: Path, tmp_path:
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 1 and "ValueError: no" in done.stderr, done.stderr[-3000:]
+
+
+POISONED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from test_engine_vllm import CONFIG, shard_task
+from aipo_hpc import engines
+from aipo_hpc.engines.vllm import VllmEngine
+from aipo_hpc.failures import classify
+from aipo_hpc.processes import descendants
+from aipo_hpc.stages import generate
+
+def add(self, name, request, add=VllmEngine._add):
+    error = add(self, name, request)
+    if request.prompt_id == sys.argv[4]:
+        for pid in descendants(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+    return error
+
+if __name__ == "__main__":
+    VllmEngine._add = add
+    dead = tuple(map(Path, sys.argv[5:]))
+    task = shard_task(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], dead)
+    try:
+        print("told:", dict(generate.run(CONFIG, replace(task, deaths=dead)).counts))
+    except Exception as error:
+        print(f"told: {type(error).__name__} is classed as {classify(error)}")
+        sys.exit(7)
+"""
+"""One attempt at a shard: the engine's process is killed as soon as it has been given a prompt."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_prompt_that_kills_the_engines_process_is_found_among_those_in_flight_and_set_aside(
+    model: Path, tmp_path: Path
+) -> None:
+    asked = prompts()[:2]
+    write_rows(tmp_path / "prompts.parquet", asked, Prompt)
+    (tmp_path / "attempt.py").write_text(POISONED)
+    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    dead: list[Path] = []
+    while True:
+        argv = [sys.executable, tmp_path / "attempt.py", tmp_path, model, str(len(dead)), asked[1].prompt_id, *dead]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        said = "".join(line for line in done.stdout.splitlines() if line.startswith("told: "))
+        print(f"attempt {len(dead)}: {said}")
+        if done.returncode == 0:
+            break
+        assert "is classed as killed" in said, done.stderr[-3000:]
+        dead.append(tmp_path / str(len(dead)))
+        assert len(dead) <= 4, "the halves of two are one each, and one is blamed after two deaths alone"
+    good, bad = read_rows([tmp_path / str(len(dead)) / "rows.parquet"], Responses)
+    assert (good.error, len(good.candidates)) == (None, 3)
+    assert bad.error == Suspects.reason
+    assert "'set_aside': 1" in said
 
 
 if __name__ == "__main__":

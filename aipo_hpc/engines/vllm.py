@@ -9,6 +9,10 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from aipo_hpc.chat import response_text
@@ -34,6 +38,7 @@ class VllmEngine:
 
         guard_children(os.getpid())
         self._config = config
+        others = active_children()
         try:
             self._llm = LLM(
                 model=model,
@@ -52,6 +57,7 @@ class VllmEngine:
                 f"vllm does not take these settings for {model}: {error}\nMend the {config.section}.* fields it speaks of "
                 f"(max_model_len is max_prompt_tokens={config.max_prompt_tokens} + max_tokens={config.max_tokens})."
             ) from error
+        _tell_of_death(self._llm, [each for each in active_children() if each not in others])
         # An engine that is still referenced at the exit (by an error's frames, say) must end before multiprocessing waits
         # for its processes, which may be before vLLM's own finalizers run: what is registered last runs first.
         atexit.register(_end, weakref.ref(self._llm))
@@ -111,6 +117,24 @@ def _text(tokenizer: Any, sample: Any) -> str:
     if isinstance(sample.stop_reason, str):
         return str(sample.text)
     return response_text(tokenizer, sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids)
+
+
+def _tell_of_death(llm: "LLM", processes: Sequence[BaseProcess]) -> None:
+    """Have whoever waits for the engine's output told when one of its processes is gone.
+
+    vLLM's own watch ends the thread that reads the output, and the reader waits for ever (seen with 0.32).
+    """
+    output: Any = getattr(llm.llm_engine.engine_core, "outputs_queue", None)
+    if output is None or not processes:
+        return  # the engine is in this process
+
+    def watch() -> None:
+        wait([process.sentinel for process in processes])
+        output.put(
+            RuntimeError("EngineDeadError: a process of vllm's engine has ended; the end of the log may tell why")
+        )
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _end(engine: "weakref.ref[LLM]") -> None:
