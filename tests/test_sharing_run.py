@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,14 +17,17 @@ from sandbox import Sandbox
 from slow_stage import JOB, SlowConfig, batches_of, notes, prompts, slow_graph
 
 from aipo_hpc import leftovers
-from aipo_hpc.clusters import Cluster
+from aipo_hpc.clusters import Cluster, TaskState
 from aipo_hpc.clusters.inline import InlineCluster
 from aipo_hpc.clusters.local import LocalCluster
 from aipo_hpc.clusters.slurm import SlurmCluster
 from aipo_hpc.graph import Graph
+from aipo_hpc.journal import Journal
+from aipo_hpc.launch import launch
 from aipo_hpc.processes import descendants
 from aipo_hpc.progress import ROWS
-from aipo_hpc.recipe import SlurmConfig
+from aipo_hpc.recipe import Recipe, SlurmConfig
+from aipo_hpc.record import read_graph
 from aipo_hpc.rows import Responses, read_rows
 from aipo_hpc.sentinel import Sentinel
 from aipo_hpc.store import Run
@@ -164,11 +168,17 @@ def shared(folder: Path, cluster: Cluster, config: SlowConfig) -> Iterator[Share
             yield made
         finally:
             made.at_work.driver.cancel()
-            sent = list(made.at_work.journal.submissions.values())
-            ended = eventually(
-                lambda: not any(each.alive for told in cluster.states(sent).values() for each in told.values()), 60
-            )
-            assert ended, "something is left running"
+            wait_for_all(cluster, run)
+
+
+def wait_for_all(cluster: Cluster, run: Run) -> None:
+    """Nothing is left running, and nothing unwaited for."""
+    sent = list(Journal(run).submissions.values())
+
+    def states() -> Iterator[TaskState]:
+        return (state for told in cluster.states(sent).values() for state in told.values())
+
+    assert eventually(lambda: not any(state.alive for state in states()), 60)
 
 
 def machine() -> LocalCluster:
@@ -262,3 +272,62 @@ def test_extra_tasks_on_slurm(slurm_sandbox: Sandbox, tmp_path: Path, monkeypatc
         print(f"batches by attempt {done}; one killed; {work:.1f} s of work in {span:.1f} s")
         assert len(by_extra) > 1 and len(made.killed) == 1
         assert [failure.extra for failure in made.run.job(JOB).failures()] == [True]
+
+
+@pytest.mark.slow
+def test_a_task_that_stands_still_is_helped_out_and_the_trained_model_is_the_same(
+    tmp_path: Path, small_recipe: Recipe
+) -> None:
+    """A whole iteration with real models; the last task of generate is stopped until extra ones have begun four blocks."""
+    recipe = replace(
+        small_recipe,
+        iterations=1,
+        data=replace(small_recipe.data, limit=60),
+        generate=replace(small_recipe.generate, batch_size=1, num_shards=3, share_after=0.0),
+    )
+    job, shard = "iter-00/generate", 2
+    run = Run(tmp_path / "shared")
+
+    def hold() -> None:
+        claims = run.path / job / "claims" / f"{shard:05d}"
+        assert eventually(lambda: (claims / "00001.0").is_symlink(), 300)
+        sent = Journal(run).submissions.values()
+        (own,) = [each for each in sent if (each.job, each.shards) == (job, (shard,)) and not each.extra]
+        assert own.id is not None
+        pid = int(own.id.split(":")[0])
+        group = (*descendants(pid), pid)
+        for each in group:
+            os.kill(each, signal.SIGSTOP)
+
+        def by_extra() -> int:
+            return sum(not os.readlink(each).startswith(f"{own.name}.") for each in claims.glob("000??.0"))
+
+        try:
+            assert eventually(lambda: by_extra() >= 4, 300)
+        finally:
+            for each in group:
+                os.kill(each, signal.SIGCONT)
+
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(hold)
+        cluster = machine()
+        launch(replace(recipe, cluster="local", run_dir=str(run.path)), cluster)
+        held.result()
+    wait_for_all(cluster, run)
+    alone = replace(recipe, generate=replace(recipe.generate, share_after=None))
+    undisturbed = launch(replace(alone, run_dir=str(tmp_path / "alone")))
+    graph = read_graph(run)
+    for name in (job, "iter-00/rank", "iter-00/pairs", "iter-00/reference", "iter-00/train", "iter-00/answers"):
+        one, other = (
+            {
+                (number, output.path): output.sha256
+                for number, sentinel in each.job(name).done(graph.fingerprints[name]).items()
+                for output in sentinel.outputs
+                if output.path.endswith((".parquet", ".safetensors"))
+            }
+            for each in (run, undisturbed)
+        )
+        assert one == other and one, name
+    sentinel = run.job(job).done(graph.fingerprints[job])[shard]
+    print(f"{sentinel.counts['shared']} of {sentinel.rows} prompts by extra tasks; all files of six jobs are the same")
+    assert not run.job(job).failures()
