@@ -12,6 +12,14 @@ Element = tuple[str, int]
 """A submission's name and an index in it."""
 
 
+def heard_over(state: TaskState | None, queried: float, failed_since: float) -> bool:
+    """Whether the scheduler, asked since an element told its failure, does not call it alive.
+
+    Until then it may still be ending, or the scheduler may have begun it once more.
+    """
+    return queried >= failed_since and not (state is not None and state.alive)
+
+
 @dataclass(frozen=True)
 class Sharing:
     """What is known of shards that several tasks do together, or could."""

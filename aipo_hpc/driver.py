@@ -15,7 +15,7 @@ from aipo_hpc.adjustment import AS_ASKED, Adjustment
 from aipo_hpc.allowance import Allowance
 from aipo_hpc.clusters import Cluster, Submission, TaskState
 from aipo_hpc.damage import Inspector
-from aipo_hpc.decision import Decision, Element, RecordFailure, Submit, View
+from aipo_hpc.decision import Decision, Element, RecordFailure, Submit, View, heard_over
 from aipo_hpc.errors import ClusterError, NoRoom, RunFailed, SubmitRefused
 from aipo_hpc.explain import explain
 from aipo_hpc.graph import Graph
@@ -191,11 +191,6 @@ class Driver:
                 self._failed_since.setdefault(element, now)
         return done, failures
 
-    def _heard_over(self, element: Element) -> bool:
-        """Whether the scheduler has been asked since this element told its failure, and does not call it alive."""
-        state = self._states.get(element[0], {}).get(element[1])
-        return self._queried >= self._failed_since[element] and not (state is not None and state.alive)
-
     def _unfinished(
         self, done: Mapping[str, Mapping[int, Sentinel]], failures: Mapping[str, Sequence[Failure]]
     ) -> list[Submission]:
@@ -205,7 +200,8 @@ class Driver:
             element = failure.element
             if element is None:
                 continue
-            if failure.by_driver or self._heard_over(element):
+            state = self._states.get(element[0], {}).get(element[1])
+            if failure.by_driver or heard_over(state, self._queried, self._failed_since[element]):
                 over.add(element)
         return [
             submission

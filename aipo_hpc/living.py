@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from aipo_hpc.clusters import Dependency, Limits, Submission
-from aipo_hpc.decision import Element, RecordFailure, View
+from aipo_hpc.decision import Element, RecordFailure, View, heard_over
 from aipo_hpc.failures import KINDS
 
 LOST_AFTER = 60.0
@@ -137,19 +137,15 @@ def _failed(view: View) -> tuple[dict[Element, bool], dict[str, set[int]]]:
 def _ending(
     submission: Submission, failed: Mapping[Element, bool], broken: Mapping[str, AbstractSet[int]], view: View
 ) -> set[int]:
-    """Indices of elements that do nothing more of their own, and that the scheduler has not called over.
-
-    One that said why it failed may still be ending, or the scheduler may have begun it once more.
-    """
+    """Indices of elements that do nothing more of their own, and that the scheduler has not called over."""
     ending: set[int] = set()
     for index in range(len(submission.shards)):
         element = (submission.name, index)
         state = view.state(element)
-        alive, running = state is not None and state.alive, state is not None and state.running
         if element in failed:
-            heard = view.queried >= view.failed_since.get(element, 0.0)
-            ends = not failed[element] and (alive or not heard)
+            ends = not failed[element] and not heard_over(state, view.queried, view.failed_since.get(element, 0.0))
         else:
+            alive, running = state is not None and state.alive, state is not None and state.running
             may_wait = (alive or view.queried <= submission.time) and not running
             ends = may_wait and _waits_in_vain(submission, index, broken)
         if ends:
