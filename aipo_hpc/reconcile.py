@@ -28,6 +28,9 @@ from aipo_hpc.leftovers import more_tasks
 from aipo_hpc.living import MOST_NAMED, Living, look, named
 from aipo_hpc.room import Room
 
+TOGETHER = 1.0
+"""Seconds by which a shard may be tried again early."""
+
 
 def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
     """Decide what to do next."""
@@ -55,7 +58,10 @@ def reconcile(graph: Graph, view: View, limits: Limits) -> Decision:
             ]
             stands = standing[job.name]
             later = {shard: stands[shard].retry_at for shard in missing if shard in stands}
-            later = {shard: retry_at for shard, retry_at in later.items() if retry_at > view.now}
+            # Those whose turn is about to come go along with one whose turn has come: one submission instead of two.
+            due = any(retry_at <= view.now for retry_at in later.values())
+            by = view.now + (TOGETHER if due else 0.0)
+            later = {shard: retry_at for shard, retry_at in later.items() if retry_at > by}
             if later:
                 waiting[job.name] = later
             missing = [shard for shard in missing if shard not in later]

@@ -480,6 +480,15 @@ def test_a_failed_shard_waits_for_its_turn_without_holding_up_the_others_and_the
     assert later.submit == (Submit(A, (1,)),) and later.waiting == {}
 
 
+def test_failed_shards_whose_turns_come_at_almost_the_same_time_are_sent_together() -> None:
+    times = (NOW - 2.0, NOW - 1.5, NOW - 0.5)
+    failures = {A: [replace(failed(n, "error", f"s-1.{n}.r0"), time=time) for n, time in enumerate(times)]}
+    decision = decide(chain(), done={A: {3}, B: {3}}, failures=failures)
+    assert decision.submit == (Submit(A, (0, 1)),) and decision.waiting == {A: {2: NOW + 1.5}}
+    before = decide(chain(), done={A: {3}, B: {3}}, failures=failures, now=NOW - 0.25)
+    assert before.submit == () and len(before.waiting[A]) == 3, "none is early where none is due"
+
+
 def test_shards_that_ask_for_the_same_are_sent_together() -> None:
     failures = {A: [failed(0, "out_of_memory", "s-1.0.r0"), failed(2, "out_of_memory", "s-1.2.r0")]}
     larger = Adjustment(memory=1.5, batch=2)

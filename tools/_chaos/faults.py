@@ -6,13 +6,17 @@ A fault that lasts returns also what ends it: a daemon is started again, space i
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
+from _sandbox.process import Process
+
 from _chaos.world import World
+from aipo_hpc.claims import unclaimed
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,27 @@ def kill_worker(world: World, draw: Random) -> Done | None:
     for process in group:
         process.signal(signal.SIGKILL)
     return Done(f"SIGKILL to a task's {len(group)} processes")
+
+
+def hold_task(world: World, draw: Random) -> Done | None:
+    """A task stands still amid its shard, as on a node that hangs, for longer than others wait before they take part."""
+    for claims in sorted(world.run_dir.glob("iter-*/*/claims/*")):
+        job, shard = world.run.job(str(claims.parent.parent.relative_to(world.run_dir))), int(claims.name)
+        with suppress(OSError):
+            submission, index, _ = os.readlink(claims / "00000.0").split(".")
+            groups = world.workers(submission, int(index))
+            if not groups or unclaimed(job, shard) < 2:
+                continue
+            held = [process for group in groups for process in group]
+            for process in held:
+                process.signal(signal.SIGSTOP)
+            return Done(f"{job.name} shard {shard} stands still", draw.uniform(150, 180), partial(_go_on, held))
+    return None
+
+
+def _go_on(held: Sequence[Process]) -> None:
+    for process in held:
+        process.signal(signal.SIGCONT)
 
 
 def cancel_element(world: World, draw: Random) -> Done | None:
@@ -145,9 +170,15 @@ def damage_payload(world: World, draw: Random) -> Done | None:
 
 
 def damage_checkpoint(world: World, draw: Random) -> Done | None:
+    """And end the training, or nobody would read it."""
     paths = sorted(world.run_dir.glob("iter-*/train/shards/*/*/checkpoints/checkpoint-*/**/*"))
     paths = [path for path in paths if path.is_file()]
-    return Done(_damage(draw.choice(paths), world, draw)) if paths else None
+    groups = world.workers(stage="train/")
+    if not (paths and groups):
+        return None
+    for process in (process for group in groups for process in group):
+        process.signal(signal.SIGKILL)
+    return Done(f"{_damage(draw.choice(paths), world, draw)}, the training killed")
 
 
 def leave_temporaries(world: World, draw: Random) -> Done | None:
@@ -182,6 +213,7 @@ FAULTS: Mapping[str, Fault] = {
     "driver killed": kill_driver,
     "second driver": second_driver,
     "worker killed": kill_worker,
+    "task held": hold_task,
     "element cancelled": cancel_element,
     "array cancelled": cancel_array,
     "requeued": requeue,

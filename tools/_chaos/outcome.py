@@ -45,6 +45,8 @@ class Outcome:
     launches: int = 0
     shards: int = 0
     executions: int = 0
+    extra: int = 0
+    """Executions that did part of another one's shard, because that stood still."""
     duplicates: list[str] = field(default_factory=list)
     rows_lost: int = 0
     differences: list[str] = field(default_factory=list)
@@ -59,7 +61,7 @@ class Outcome:
     def add(self, other: "Outcome") -> None:
         """Add another run's figures."""
         self.injected += other.injected
-        for name in ("launches", "shards", "executions", "rows_lost", "unused", "seconds", "wasted", "commands"):
+        for name in ("launches", "shards", "executions", "extra", "rows_lost", "unused", "seconds", "wasted", "commands"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.duplicates += other.duplicates
         self.differences += other.differences
@@ -77,6 +79,7 @@ class Outcome:
             ("launches of the same command", str(self.launches)),
             ("human commands needed beyond those", str(self.commands)),
             ("shard executions / shards", f"{self.executions} / {self.shards}"),
+            ("of these extra ones, for shards that stood still", str(self.extra)),
             ("duplicate concurrent executions", str(len(self.duplicates))),
             ("rows lost", str(self.rows_lost)),
             ("results that differ from the undisturbed run's", str(len(self.differences))),
@@ -101,6 +104,7 @@ def judge(world: World, undisturbed: Run) -> Outcome:
         outcome.unused += sum(run.job(name).damage(each) is not None for each in done[name].values())
     executions = read_executions(world, graph)
     outcome.executions = len(executions)
+    outcome.extra = sum(each.extra for each in executions)
     outcome.duplicates = [
         f"{one.job} shard {one.shard}: {one.submission} and {other.submission}"
         for one, other in combinations(executions, 2)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+from _chaos.faults import FAULTS
 from _chaos.gremlin import Gremlin
 from _chaos.outcome import Outcome, judge
 from _chaos.user import HumanNeededError, User
@@ -72,6 +73,7 @@ def disturbed(
     fields: Sequence[str],
     plan: Mapping[str, int],
     seconds: float,
+    kinds: Sequence[str] = tuple(FAULTS),
 ) -> Outcome:
     """A run with a gremlin beside it, compared with the undisturbed one. ``plan``: how many faults, how far apart."""
     with small_disk(folder / "disk") as may_fill:
@@ -79,7 +81,7 @@ def disturbed(
         user = User(command(run_dir, *ON_SLURM, *fields), environment(conf), folder / "driver.log")
         world = World(sandbox, conf, run_dir, user, may_fill, chained=CHAINED[0] in fields)
         pause = (plan["shortest"], plan["longest"])
-        gremlin = Gremlin(world, Random(seed).randrange(2**31), pause=pause, most=plan["faults"])
+        gremlin = Gremlin(world, Random(seed).randrange(2**31), kinds=kinds, pause=pause, most=plan["faults"])
         try:
             gremlin.disturb(seconds)
             # What was damaged just before the last look at it is found by who comes next.

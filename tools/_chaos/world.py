@@ -83,12 +83,18 @@ class World:
         fields = [line.strip().split("|") for line in listed.splitlines()]
         return sorted({each[0] for each in fields if each[1] in ("idle", "mixed", "allocated", "completing")})
 
-    def workers(self) -> list[list[Process]]:
-        """The processes of running tasks, one list per process group."""
+    def workers(self, submission: str = "", index: int = 0, stage: str = "") -> list[list[Process]]:
+        """The processes of running tasks, one list per process group: all, an element's, or a stage's."""
         groups: dict[int, list[Process]] = {}
         for process in processes.marked(self.sandbox, self.conf):
             with suppress(OSError):
-                if b"submitit" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                proc = Path(f"/proc/{process.pid}")
+                said = proc.joinpath("cmdline").read_bytes()
+                environment = dict(line.partition(b"=")[::2] for line in proc.joinpath("environ").read_bytes().split(b"\0"))
+                element = environment.get(b"SLURM_JOB_NAME"), environment.get(b"SLURM_ARRAY_TASK_ID", b"0")
+                if submission and element != (submission.encode(), str(index).encode()):
+                    continue
+                if b"submitit" in said and f"/{stage}".encode() in said:
                     groups.setdefault(os.getpgid(process.pid), []).append(process)
         groups.pop(os.getpgrp(), None)
         return list(groups.values())
