@@ -175,6 +175,8 @@ class TrainRow:
     ref_rejected_logps: float
     ref_chosen_shared_logps: float
     ref_rejected_shared_logps: float
+    error: str | None = None
+    """Why the pair could not be scored; nobody trains on it."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ STAGES: Mapping[str, Stage] = {
     "rank": Stage("aipo_hpc.stages.rank:RankConfig"),
     "kept_out": Stage("aipo_hpc.stages.kept_out:KeptOutConfig"),
     "pairs": Stage("aipo_hpc.stages.pairs:PairsConfig", version=2),
-    "reference": Stage("aipo_hpc.stages.reference:ReferenceConfig", version=2),
+    "reference": Stage("aipo_hpc.stages.reference:ReferenceConfig", version=3),
     "train": Stage("aipo_hpc.stages.train:TrainConfig"),
     "evaluate": Stage("aipo_hpc.stages.evaluate:EvaluateConfig", version=3),
     "benchmark": Stage("aipo_hpc.stages.benchmark:AnswersConfig"),

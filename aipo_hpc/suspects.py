@@ -1,6 +1,6 @@
 """Prompts that may kill their worker (a crash in a kernel, no memory left), isolated by halving and set aside.
 
-    <attempt>/in-flight.jsonl   a prompt's id per line, written when it is begun; in a list, when it ended without a row
+    <attempt>/in-flight.jsonl   a prompt's id per line, written when it is begun
     <attempt>/progress.jsonl    rows of finished ones, by their first field
 
 An attempt that died had some prompts in flight. Those that were in flight at two deaths are suspects: they are begun after all
@@ -73,9 +73,8 @@ def _halves(prompts: Sequence[str]) -> list[tuple[str, ...]]:
 def in_flight(attempt: Path) -> list[str]:
     """The prompts that an attempt had begun and not finished."""
     ended = [next(iter(row.values()), None) for row in _lines(attempt / PROGRESS) if isinstance(row, dict)]
-    notes = _lines(attempt / IN_FLIGHT)
-    ended += [each for note in notes if isinstance(note, list) for each in note]
-    return [each for each in dict.fromkeys(note for note in notes if isinstance(note, str)) if each not in ended]
+    begun = (note for note in _lines(attempt / IN_FLIGHT) if isinstance(note, str))
+    return [each for each in dict.fromkeys(begun) if each not in ended]
 
 
 def _lines(path: Path) -> list[object]:
@@ -145,12 +144,5 @@ class Suspects:
 
     def begin(self, prompt_ids: Sequence[str]) -> None:
         """Note that these are in flight from now on."""
-        self._note(prompt_ids)
-
-    def end(self, prompt_ids: Sequence[str]) -> None:
-        """Note that these are no longer in flight: they ended without a row."""
-        self._note([list(prompt_ids)] if prompt_ids else [])
-
-    def _note(self, notes: Sequence[object]) -> None:
         with full_disk_named(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(each) + "\n" for each in notes)
+            file.writelines(json.dumps(each) + "\n" for each in prompt_ids)

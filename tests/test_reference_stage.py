@@ -145,19 +145,17 @@ def test_log_probabilities_of_a_bfloat16_model_are_not_rounded_to_bfloat16(tmp_p
     assert (values.bfloat16().double() != values).any()
 
 
-def test_a_pair_that_cannot_be_scored_is_recorded_and_left_out(tmp_path: Path, model: Path) -> None:
+def test_a_pair_that_cannot_be_scored_is_a_row_with_an_error(tmp_path: Path, model: Path) -> None:
     silent = pair(3, chosen=Candidate("", "length", 0))
     endless = pair(5, messages=[Message("user", text(1, 600))])
     task = reference_task(tmp_path / "a", [*PAIRS[:3], silent, PAIRS[4], endless, PAIRS[6]], model)
     outcome = run(CONFIG, task)
-    assert [row.prompt_id for row in rows(task)] == ["p0", "p1", "p2", "p4", "p6"]
-    assert outcome.counts["errors"] == 2 and outcome.outputs == ("rows.parquet", "errors.jsonl")
-    errors = [json.loads(line) for line in (task.out / "errors.jsonl").read_text().splitlines()]
-    assert {error["prompt_id"]: error["error"] for error in errors} == {
-        "p3": "chosen has no tokens",
-        "p5": errors[1]["error"],
-    }
-    assert "more than the model's 512" in errors[1]["error"]
+    errors = {row.prompt_id: row.error for row in rows(task)}
+    assert list(errors) == ["p0", "p1", "p2", "p3", "p4", "p5", "p6"]
+    assert outcome.counts["errors"] == 2 and outcome.counts["pairs"] == 5
+    told = {prompt_id: error for prompt_id, error in errors.items() if error is not None}
+    assert told == {"p3": "chosen has no tokens", "p5": told["p5"]}
+    assert "more than the model's 512" in told["p5"]
 
 
 def test_a_shard_in_which_nothing_can_be_scored_fails(tmp_path: Path, model: Path) -> None:
@@ -222,7 +220,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
     task = reference_task(tmp_path / "a", [PAIRS[0], huge, *PAIRS[2:]], model)
     outcome = run(ReferenceConfig(dtype="float32", tokens_per_batch=10000), task)
     assert outcome.counts["pairs"] == 10 and outcome.counts["errors"] == 1
-    assert "do not fit into memory" in (task.out / "errors.jsonl").read_text()
+    assert "do not fit into memory" in str(rows(task)[1].error)
 
 
 def test_a_missing_model_says_where_it_was_looked_for(tmp_path: Path) -> None:

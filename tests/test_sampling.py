@@ -257,23 +257,22 @@ def test_judging_that_is_asked_to_leave_keeps_its_verdicts_and_is_continued_to_t
 def test_a_pair_that_kills_its_worker_is_found_beside_one_that_cannot_be_scored(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The latter ends without a row, and must not be taken for one that was still in flight."""
     pairs = [pair(number) for number in range(8)]
     config = reference.ReferenceConfig(dtype="float32", tokens_per_batch=10_000)
-    score = reference._score
+    forward = reference._forward
 
-    def die(model: Any, rows: Sequence[TrainRow], errors: dict[str, str]) -> Iterator[TrainRow]:
+    def die(model: Any, rows: Sequence[TrainRow]) -> Iterator[TrainRow]:
         if any(row.prompt_id == pairs[3].prompt_id for row in rows):
             raise Killed
-        for row in score(model, rows, errors):
+        for row in forward(model, rows):
             yield replace(row, ref_chosen_logps=math.nan) if row.prompt_id == pairs[5].prompt_id else row
 
-    monkeypatch.setattr(reference, "_score", die)
+    monkeypatch.setattr(reference, "_forward", die)
     outcome, made, deaths = until_done(
         lambda made: reference.run(config, made), lambda attempt: reference_task(tmp_path / attempt, pairs, tiny_model)
     )
     print(f"reference: {deaths} deaths until the pair was found among {len(pairs)}")
-    assert (outcome.rows, outcome.counts["errors"], outcome.counts["set_aside"]) == (6, 2, 1)
-    errors = (made.out / reference.ERRORS).read_text()
-    assert REASON in errors and "log-probabilities nan" in errors
+    assert (outcome.counts["pairs"], outcome.counts["errors"], outcome.counts["set_aside"]) == (6, 2, 1)
+    errors = {row.prompt_id: row.error for row in read_rows([made.out / "rows.parquet"], TrainRow)}
+    assert errors[pairs[3].prompt_id] == REASON and "log-probabilities nan" in str(errors[pairs[5].prompt_id])
     assert deaths >= ALONE

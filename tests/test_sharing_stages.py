@@ -1,4 +1,4 @@
-"""Stages whose shard two attempts do together: generate with both engines, and rank; the same bytes as by one."""
+"""Stages whose shard two attempts do together: generate with both engines, rank and reference; the same bytes as by one."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,15 +13,18 @@ from fakes import chain, write_run
 from pairrm_checkpoint import Checkpoint
 from test_generate_stage import CONFIG, prompts
 from test_rank_stage import responses
+from training_tasks import pair, reference_task
 
 from aipo_hpc import engines
 from aipo_hpc.claims import Claims, NothingLeft, left
 from aipo_hpc.engines import Completion, Request
 from aipo_hpc.progress import ROWS
 from aipo_hpc.rankers.pairrm import PairRM
+from aipo_hpc.rows import Candidate, TrainRow
 from aipo_hpc.sentinel import Failure
-from aipo_hpc.stages import generate, rank
+from aipo_hpc.stages import generate, rank, reference
 from aipo_hpc.stages.rank import RankConfig
+from aipo_hpc.stages.reference import ReferenceConfig
 from aipo_hpc.store import JobFolder
 from aipo_hpc.task import Task
 
@@ -163,6 +166,43 @@ def test_a_shard_of_rank_that_is_shared_has_the_bytes_of_one_that_is_not(
     assert sorted(begun) == ["p0", "p2", "p4", "p6"], "none twice"
     assert (own.out / ROWS).read_bytes() == (whole.out / ROWS).read_bytes()
     assert {**outcome.counts, "shared": shared.counts["shared"]} == shared.counts
+
+
+def test_a_shard_of_reference_that_is_shared_has_the_bytes_of_one_that_is_not(
+    folder: JobFolder, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is wrong with a pair is told by whoever finds it: p3 before there are batches, p0 in the extra attempt."""
+    pairs = [pair(number) for number in range(9)]
+    pairs[3] = pair(3, chosen=Candidate("", "length", 0))
+    config = ReferenceConfig(dtype="float32", tokens_per_batch=64)
+    forward = reference._forward
+    begun: dict[str, list[str]] = {"whole": [], OWN: [], EXTRA: []}
+
+    def watch(name: str, done: Callable[[], None]) -> None:
+        def noted(model: Any, rows: Sequence[TrainRow]) -> Iterator[TrainRow]:
+            begun[name] += [row.prompt_id for row in rows]
+            for row in forward(model, rows):
+                yield replace(row, ref_chosen_logps=float("nan")) if row.prompt_id == "p0" else row
+            done()
+
+        monkeypatch.setattr(reference, "_forward", noted)
+
+    watch("whole", lambda: None)
+    whole = reference_task(tmp_path / "whole", pairs, tiny_model)
+    outcome = reference.run(config, whole)
+
+    def other() -> None:
+        watch(EXTRA, lambda: None)
+        reference.run(config, attempt(folder, whole, EXTRA, extra=True))
+
+    watch(OWN, join_after(2, other))
+    own = attempt(folder, whole, OWN, extra=False)
+    shared = reference.run(config, own)
+    print(f"batches: {begun}")
+    assert begun[OWN] and begun[EXTRA] and sorted(begun[OWN] + begun[EXTRA]) == sorted(begun["whole"]), "none twice"
+    assert "p3" not in begun["whole"] and "p0" in begun[EXTRA]
+    assert (own.out / ROWS).read_bytes() == (whole.out / ROWS).read_bytes()
+    assert shared.counts == {**outcome.counts, "shared": len(begun[EXTRA])} and shared.counts["errors"] == 2
 
 
 class Killed(BaseException):

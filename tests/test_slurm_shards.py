@@ -30,7 +30,6 @@ from aipo_hpc.report import print_report
 from aipo_hpc.resources import Resources
 from aipo_hpc.rows import Ranked, Responses, TrainRow, read_rows
 from aipo_hpc.sentinel import Sentinel
-from aipo_hpc.stages.reference import ERRORS
 from aipo_hpc.store import Run
 from aipo_hpc.suspects import IN_FLIGHT, Suspects
 
@@ -46,11 +45,8 @@ SETTLE = 1.0
 def results(run: Run, sentinel: Sentinel) -> tuple[list[str], dict[str, str]]:
     """The prompts of a shard's rows, and the errors of those that have one."""
     files = {path.name: path for path in run.job(sentinel.job).files(sentinel)}
-    if sentinel.job.endswith("/reference"):
-        rows: list[Any] = list(read_rows([files["rows.parquet"]], TrainRow))
-        lines = files[ERRORS].read_text().splitlines() if ERRORS in files else []
-        return [row.prompt_id for row in rows], {each["prompt_id"]: each["error"] for each in map(json.loads, lines)}
-    rows = list(read_rows([files["rows.parquet"]], Ranked if sentinel.job.endswith("/rank") else Responses))
+    kind: Any = {"generate": Responses, "rank": Ranked, "reference": TrainRow}[sentinel.job.partition("/")[2]]
+    rows: list[Any] = list(read_rows([files["rows.parquet"]], kind))
     return [row.prompt_id for row in rows], {row.prompt_id: row.error for row in rows if row.error is not None}
 
 

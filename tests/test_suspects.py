@@ -78,14 +78,6 @@ def test_what_an_attempt_had_begun_and_not_finished_was_in_flight(tmp_path: Path
     assert in_flight(tmp_path / "nothing") == []
 
 
-def test_what_ended_without_a_row_is_no_longer_in_flight(tmp_path: Path) -> None:
-    attempt = task(tmp_path)
-    suspects = Suspects(attempt)
-    suspects.begin(["a", "b", "c"])
-    suspects.end(["b"])
-    assert in_flight(attempt.out) == ["a", "c"]
-
-
 def test_calls_are_known_by_their_first_field_as_prompts_are(tmp_path: Path) -> None:
     attempt = died_with(tmp_path, "one", "ab")
     (attempt / "progress.jsonl").write_text('{"call_id": "a", "cluster": -1}\n')

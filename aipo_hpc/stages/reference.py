@@ -6,19 +6,16 @@ stored beside the ids, so that training needs no second model and trains on exac
     in    pairs       pairs.parquet, all pairs; shard s of S takes pairs [s*N//S, (s+1)*N//S)
           reference   the model that training holds on to: the iteration's own policy, or another of the same tokens
           policy      the model that is trained next; its tokenizer makes the ids
-    out   rows.parquet     one TrainRow per pair that could be scored, in the order of the pairs
-          errors.jsonl     {"prompt_id", "error"} of each pair that could not
+    out   rows.parquet   one TrainRow per pair, in the order of the pairs; one that cannot be scored has an error and NaN
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aipo_hpc import leaving
+from aipo_hpc.blocks import Blocks
 from aipo_hpc.errors import DataError, RecipeError
 from aipo_hpc.progress import Progress
 from aipo_hpc.resources import Resources
@@ -30,7 +27,6 @@ from aipo_hpc.task import Outcome, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ERRORS = "errors.jsonl"
 LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_shared_logps", "ref_rejected_shared_logps")
 
 
@@ -49,6 +45,8 @@ class ReferenceConfig:
     """Number format the reference is loaded and run in: bfloat16 or float32. Use the one that training uses."""
     tokens_per_batch: int = memory_bound(16384)
     """Tokens of one forward pass, padding included; a pair longer than that is a batch of its own."""
+    share_after: float | None = tuning(1.5)
+    """As ``generate.share_after``."""
     resources: Resources = tuning(Resources(gpus_per_node=1, cpus_per_task=4, time=120))
     """What one shard asks the cluster for."""
 
@@ -63,28 +61,26 @@ class ReferenceConfig:
 
 
 def run(config: ReferenceConfig, task: Task) -> Outcome:
-    """Tokenise and score this shard's pairs. Pairs that cannot be scored are recorded and left out.
+    """Tokenise and score this shard's pairs. One that cannot be scored becomes a row with an error.
 
     Raises DataError if the model cannot be loaded, or if not one pair of a shard that has some could be scored.
     """
     pairs = _slice(list(read_rows(task.inputs["pairs"].named("pairs.parquet"), Pair)), task)
-    errors: dict[str, str] = {}
+    prompt_ids = [pair.prompt_id for pair in pairs]
     suspects = Suspects(task)
     with Progress(task, TrainRow) as progress:
-        if pairs:
-            _score_all(config, task, pairs, progress, errors, suspects)
-        kept = [pair.prompt_id for pair in pairs if pair.prompt_id in progress]
-        if pairs and not kept:
-            raise DataError(
-                f"{task.job}: none of the {len(pairs)} pairs of shard {task.shard} could be scored; the first failed "
-                f"with: {next(iter(errors.values()))}"
-            )
-        outputs = progress.finish(kept)
-        tokens = sum(_num_tokens(row) for row in progress.rows(kept))
-    if errors:
-        _write_errors(task.out / ERRORS, errors)
-        outputs = (*outputs, ERRORS)
-    return Outcome(len(kept), outputs, {"pairs": len(kept), "tokens": tokens, "errors": len(errors), **suspects.counts})
+        if any(prompt_id not in progress for prompt_id in prompt_ids):
+            _score_all(config, task, pairs, progress, suspects)
+        outputs = progress.finish(prompt_ids)
+        rows = list(progress.rows(prompt_ids))
+    scored = [row for row in rows if row.error is None]
+    if rows and not scored:
+        raise DataError(
+            f"{task.job}: none of the {len(rows)} pairs of shard {task.shard} could be scored; the first failed "
+            f"with: {rows[0].error}"
+        )
+    counts = {"pairs": len(scored), "tokens": sum(map(_num_tokens, scored)), "errors": len(rows) - len(scored)}
+    return Outcome(len(rows), outputs, {**counts, **suspects.counts, **progress.counts})
 
 
 def _slice(pairs: list[Pair], task: Task) -> list[Pair]:
@@ -95,72 +91,55 @@ def _slice(pairs: list[Pair], task: Task) -> list[Pair]:
 
 
 def _score_all(
-    config: ReferenceConfig,
-    task: Task,
-    pairs: Sequence[Pair],
-    progress: Progress[TrainRow],
-    errors: dict[str, str],
-    suspects: Suspects,
+    config: ReferenceConfig, task: Task, pairs: Sequence[Pair], progress: Progress[TrainRow], suspects: Suspects
 ) -> None:
-    """Append a row to ``progress``, or an entry to ``errors``, for each pair."""
+    """Have a row in ``progress`` for each pair."""
     from aipo_hpc.chat import load_tokenizer, refuse_other_tokens
 
     model_name, policy = task.inputs["reference"].model, task.inputs["policy"].model
     if model_name != policy:
         refuse_other_tokens(policy, model_name)
     tokenizer = load_tokenizer(policy)
-    unscored = []
+    named: dict[str, TrainRow] = {}
     for pair in pairs:
         row = _tokenise(tokenizer, pair)
-        if isinstance(row, TrainRow):
-            unscored.append(row)
-        else:
-            errors[pair.prompt_id] = row
+        if row.error is None:
+            named[pair.prompt_id] = row
+            row = replace(row, error=suspects.reason if pair.prompt_id in suspects.guilty else None)
+        if row.error is not None and row.prompt_id not in progress:
+            progress.append(row)
     # Batches are made of all pairs, finished ones too: what a pair is padded with must not depend on interruptions.
-    named = {row.prompt_id: row for row in unscored}
-    batches = [[row.prompt_id for row in batch] for batch in _batches(unscored, config.tokens_per_batch)]
-    errors.update((prompt_id, suspects.reason) for prompt_id in suspects.guilty if prompt_id in named)
-    rounds = suspects.rounds(batches, progress)
-    if not rounds:
-        return
-    model = _load(model_name, config.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for batch in ([named[each] for each in batch] for batches in rounds for batch in batches):
-        leaving.here("reference")
-        suspects.begin([row.prompt_id for row in batch])
-        fitting = []
-        for row in batch:
-            length = _longest(row)
-            if length <= limit:
-                fitting.append(row)
-            else:
-                errors[row.prompt_id] = f"{length} tokens are more than the model's {limit}"
-        for row in _score(model, fitting, errors):
-            if not (math.isfinite(row.ref_chosen_logps) and math.isfinite(row.ref_rejected_logps)):
-                errors[row.prompt_id] = f"log-probabilities {row.ref_chosen_logps} and {row.ref_rejected_logps}"
-            elif row.prompt_id not in progress:
+    batches = [[row.prompt_id for row in batch] for batch in _batches(list(named.values()), config.tokens_per_batch)]
+    model: Any = None
+    for batch in (batch for batches in Blocks(task, batches, progress, suspects).rounds() for batch in batches):
+        leaving.here(f"{task.job} shard {task.shard}")
+        model = model or _load(model_name, config.dtype)
+        suspects.begin(batch)
+        for row in _score(model, [named[prompt_id] for prompt_id in batch]):
+            if row.prompt_id not in progress:
                 progress.append(row)
-        suspects.end([row.prompt_id for row in batch if row.prompt_id not in progress])
 
 
-def _tokenise(tokenizer: "PreTrainedTokenizerBase", pair: Pair) -> TrainRow | str:
+def _tokenise(tokenizer: "PreTrainedTokenizerBase", pair: Pair) -> TrainRow:
     """The pair as token ids, log-probabilities still to come; or what is wrong with it."""
     from jinja2 import TemplateError
 
     from aipo_hpc.chat import prompt_ids, response_ids
 
+    ids: list[list[int]] = [[], [], []]
+    error = None
     try:
-        prompt = prompt_ids(tokenizer, pair.messages)
-        chosen, rejected = (
+        ids[0] = prompt_ids(tokenizer, pair.messages)
+        ids[1:] = (
             response_ids(tokenizer, candidate.response, candidate.finish_reason)
             for candidate in (pair.chosen, pair.rejected)
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        return f"cannot be tokenised: {type(error).__name__}: {error}"
-    for name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if not ids:
-            return f"{name} has no tokens"
-    return TrainRow(pair.prompt_id, prompt, chosen, rejected, *[math.nan] * 4)
+        empty = [name for name, each in zip(("prompt", "chosen", "rejected"), ids, strict=True) if not each]
+        error = f"{empty[0]} has no tokens" if empty else None
+    except (TemplateError, ValueError, TypeError, KeyError) as raised:
+        error = f"cannot be tokenised: {type(raised).__name__}: {raised}"
+    nan = math.nan
+    return TrainRow(pair.prompt_id, ids[0], ids[1], ids[2], nan, nan, nan, nan, error)
 
 
 def _batches(rows: Sequence[TrainRow], tokens_per_batch: int) -> Iterator[list[TrainRow]]:
@@ -189,8 +168,21 @@ def _load(model_name: str, dtype: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _score(model: Any, rows: Sequence[TrainRow], errors: dict[str, str]) -> Iterator[TrainRow]:
-    """Yield the rows with their log-probabilities; a batch that does not fit into memory is halved."""
+def _score(model: Any, rows: Sequence[TrainRow]) -> Iterator[TrainRow]:
+    """Yield the rows with their log-probabilities, or with what stood against it."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for row in rows:
+        if _longest(row) > limit:
+            yield replace(row, error=f"{_longest(row)} tokens are more than the model's {limit}")
+    for row in _forward(model, [row for row in rows if _longest(row) <= limit]):
+        sums = row.ref_chosen_logps, row.ref_rejected_logps
+        if row.error is None and not all(map(math.isfinite, sums)):
+            row = replace(row, error=f"log-probabilities {sums[0]} and {sums[1]}")
+        yield row
+
+
+def _forward(model: Any, rows: Sequence[TrainRow]) -> Iterator[TrainRow]:
+    """Yield the rows as the model scores them; a batch that does not fit into memory is halved."""
     import torch
 
     from aipo_hpc.logps import collate, response_logps
@@ -203,13 +195,13 @@ def _score(model: Any, rows: Sequence[TrainRow], errors: dict[str, str]) -> Iter
             logps = response_logps(model, batch)
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
-            errors[rows[0].prompt_id] = f"{_longest(rows[0])} tokens do not fit into memory: {error}"
+            yield replace(rows[0], error=f"{_longest(rows[0])} tokens do not fit into memory: {error}")
             return
         logps = None
     if logps is None:
         torch.cuda.empty_cache()
-        yield from _score(model, rows[: len(rows) // 2], errors)
-        yield from _score(model, rows[len(rows) // 2 :], errors)
+        yield from _forward(model, rows[: len(rows) // 2])
+        yield from _forward(model, rows[len(rows) // 2 :])
         return
     sums = (logps.chosen, logps.rejected, logps.chosen_shared, logps.rejected_shared)
     for row, *values in zip(rows, *(each.tolist() for each in sums), strict=True):
@@ -223,11 +215,3 @@ def _longest(row: TrainRow) -> int:
 def _num_tokens(row: TrainRow) -> int:
     """Tokens that went through the model."""
     return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
-
-
-def _write_errors(path: Path, errors: dict[str, str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for prompt_id, error in errors.items():
-            file.write(json.dumps({"prompt_id": prompt_id, "error": error}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -83,7 +83,8 @@ def _train(config: TrainConfig, task: Task, place: Place) -> Outcome:
     from aipo_hpc import batches, metrics_file, trainer, training
     from aipo_hpc.chat import load_tokenizer
 
-    rows = batches.compact(read_rows(task.inputs["pairs"].named("rows.parquet"), TrainRow))
+    scored = read_rows(task.inputs["pairs"].named("rows.parquet"), TrainRow)
+    rows = batches.compact(row for row in scored if row.error is None)
     if not rows:
         raise DataError(f"{task.job}: there are no pairs to train on; see the counts of the stages before.")
     # All processes see the same pairs, and stop here together.

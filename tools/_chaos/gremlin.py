@@ -15,6 +15,8 @@ from _chaos.world import World
 class Gremlin:
     """Kinds come in a seeded order, each once before any that is possible comes again; the pauses between them are seeded, too.
 
+    What is not possible when its turn has come is done as soon as it is, between two others.
+
     What they hit depends on where the run is just then, so a seed repeats the plan of an attack and not each hit.
     """
 
@@ -26,6 +28,7 @@ class Gremlin:
     kinds: Sequence[str] = tuple(FAULTS)
     tell: Callable[[str], None] = print
     injected: Counter[str] = field(default_factory=Counter)
+    _overdue: list[str] = field(default_factory=list)
     _ends: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
 
     def disturb(self, seconds: float) -> None:
@@ -33,7 +36,7 @@ class Gremlin:
         draw = Random(self.seed)
         deck: list[str] = []
         began = time.monotonic()
-        due = began + draw.uniform(*self.pause)
+        look_again, due = began, began + draw.uniform(*self.pause)
         try:
             while True:
                 self.world.user.attend(self.world)
@@ -43,24 +46,27 @@ class Gremlin:
                 self._end_what_is_over(now)
                 if self.world.user.finished and not self._ends:
                     return
-                if now >= due and not self.world.user.finished and self.injected.total() < self.most:
-                    if not self._inject(deck, draw, now - began):
-                        # What is left is not possible now: it stays on top of the next deck.
-                        deck += draw.sample(others := sorted(set(self.kinds) - set(deck)), len(others))
-                    else:
-                        due = time.monotonic() + draw.uniform(*self.pause)
+                if not self.world.user.finished and self.injected.total() < self.most:
+                    if now >= due:
+                        deck = deck or draw.sample(rest := sorted(set(self.kinds) - set(self._overdue)), len(rest))
+                        if self._inject(deck, draw, now - began):
+                            due = time.monotonic() + draw.uniform(*self.pause)
+                    elif now >= look_again:
+                        self._inject(self._overdue, draw, now - began)
+                        look_again = time.monotonic() + 1.0
                 time.sleep(0.1)
         finally:
             self._end_what_is_over(float("inf"))
             self.world.user.kill()
 
-    def _inject(self, deck: list[str], draw: Random, at: float) -> bool:
-        """Do the first fault of the deck that is possible now; the others stay for later. False if none was."""
-        for kind in list(deck):
+    def _inject(self, kinds: list[str], draw: Random, at: float) -> bool:
+        """Do the first of the kinds that is possible now, and take it off; those before it are overdue. False if none was."""
+        for kind in list(kinds):
+            kinds.remove(kind)
             done = FAULTS[kind](self.world, draw)
             if done is None:
+                self._overdue.append(kind)
                 continue
-            deck.remove(kind)
             self.injected[kind] += 1
             self.tell(f"[{at:6.1f} s] {done.what}")
             if done.end is not None:

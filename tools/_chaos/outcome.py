@@ -61,7 +61,17 @@ class Outcome:
     def add(self, other: "Outcome") -> None:
         """Add another run's figures."""
         self.injected += other.injected
-        for name in ("launches", "shards", "executions", "extra", "rows_lost", "unused", "seconds", "wasted", "commands"):
+        for name in (
+            "launches",
+            "shards",
+            "executions",
+            "extra",
+            "rows_lost",
+            "unused",
+            "seconds",
+            "wasted",
+            "commands",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.duplicates += other.duplicates
         self.differences += other.differences

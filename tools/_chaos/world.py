@@ -90,7 +90,9 @@ class World:
             with suppress(OSError):
                 proc = Path(f"/proc/{process.pid}")
                 said = proc.joinpath("cmdline").read_bytes()
-                environment = dict(line.partition(b"=")[::2] for line in proc.joinpath("environ").read_bytes().split(b"\0"))
+                environment = dict(
+                    line.partition(b"=")[::2] for line in proc.joinpath("environ").read_bytes().split(b"\0")
+                )
                 element = environment.get(b"SLURM_JOB_NAME"), environment.get(b"SLURM_ARRAY_TASK_ID", b"0")
                 if submission and element != (submission.encode(), str(index).encode()):
                     continue
