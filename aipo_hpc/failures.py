@@ -75,8 +75,11 @@ class Standing:
         return any(number > KINDS[kind].tolerated for kind, number in self.counts.items())
 
 
-def classify(error: BaseException) -> str:
-    """The class of an exception that ended a worker."""
+def classify(error: BaseException, starved: bool = False) -> str:
+    """The class of an exception that ended a worker.
+
+    ``starved``: the kernel killed another process of the task for want of memory meanwhile.
+    """
     if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL):
         return "disk_full"
     if isinstance(error, InputNotVisible):
@@ -86,20 +89,23 @@ def classify(error: BaseException) -> str:
     named = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or any(sign in named.lower() for sign in _NO_MEMORY):
         return "out_of_memory"
+    if starved:
+        return "out_of_memory"
     if any(sign in named for sign in _ANOTHER_PROCESS_DIED):
         return "killed"
     return "error"
 
 
+def blames_another(error: BaseException) -> bool:
+    """Whether all that an exception says is that another process has gone, of a gang's for example."""
+    return any(sign in f"{type(error).__name__}: {error}" for sign in _CONNECTION_LOST)
+
+
 _NO_MEMORY = ("outofmemoryerror", "out of memory", "can't allocate memory", "cannot allocate memory")
 
-_ANOTHER_PROCESS_DIED = (
-    "EngineDeadError",
-    "AcceleratorError",
-    "CUDA error",
-    "Connection closed by peer",
-    "Connection reset by peer",
-)
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer")
+
+_ANOTHER_PROCESS_DIED = ("EngineDeadError", "AcceleratorError", "CUDA error", *_CONNECTION_LOST)
 """An engine's process, the GPU's context, or another process of a gang: all that this one sees of a crash."""
 
 

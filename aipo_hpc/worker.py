@@ -21,8 +21,9 @@ from aipo_hpc import gang, leaving, own_code
 from aipo_hpc.claims import Claims, NothingLeft, is_shared
 from aipo_hpc.durable import hash_file
 from aipo_hpc.errors import InputNotVisible, RunError
-from aipo_hpc.failures import classify, deaths
+from aipo_hpc.failures import blames_another, classify, deaths
 from aipo_hpc.job_folder import JobFolder
+from aipo_hpc.memory_kills import memory_kills
 from aipo_hpc.sentinel import Blame, Failure, Output, Sentinel
 from aipo_hpc.settings import from_plain, with_smaller_batches
 from aipo_hpc.stage_table import STAGES
@@ -56,14 +57,17 @@ class Envelope:
         run = Run(Path(self.run_dir))
         started = time.time()
         place = Place()
+        kills = memory_kills()
         try:
             place = gang.join()
             execute(run, self, place)
         except leaving.Left:
             raise
         except Exception as error:
-            if leaving.ending():
+            if leaving.ending() or (place.world_size > 1 and blames_another(error)):
                 raise  # the scheduler knows why, and whether that was a failure
+            starved = memory_kills() > kills
+            why = "; the kernel killed a process of this task for want of memory" if starved else ""
             folder = run.job(self.job)
             folder.record_failure(
                 Failure(
@@ -71,8 +75,8 @@ class Envelope:
                     shard=self.shard,
                     attempt=self.attempt,
                     fence=self.fence,
-                    kind=classify(error),
-                    message=f"{type(error).__name__}: {error}",
+                    kind=classify(error, starved),
+                    message=f"{type(error).__name__}: {error}{why}",
                     traceback=traceback.format_exc()[-8000:],
                     host=platform.node(),
                     log=log_path(folder, place),

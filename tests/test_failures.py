@@ -160,6 +160,21 @@ def test_exceptions_are_classed(error: BaseException, kind: str) -> None:
     assert classify(error) == kind and kind in KINDS
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("DataLoader worker (pid 7) is killed by signal: Killed"), "out_of_memory"),
+        (type("EngineDeadError", (Exception,), {})("see the trace above"), "out_of_memory"),
+        (DataError("x"), "user_error"),
+        (DiskFull("x"), "disk_full"),
+    ],
+)
+def test_where_the_kernel_killed_another_process_for_memory_that_is_why_unless_the_error_knows_better(
+    error: BaseException, kind: str
+) -> None:
+    assert classify(error, starved=True) == kind
+
+
 def test_the_attempts_that_died_are_known_though_the_scheduler_names_only_the_element() -> None:
     attempts = ["s-1.0.r0", "s-1.0.r2", "s-1.0.r10", "s-2.0.r0", "s-3.0.r0", "s-4.0.r0"]
     recorded = [

@@ -20,8 +20,8 @@ MODULES = {
 
 LAYERS = {
     "words": "errors leaving settings resources identity processes sentinel rows task allowance adjustment fine_tuning "
-    "clusters engines rankers rankers.config seeds selection filters decontamination mixing guard seed_pool deduplication "
-    "instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
+    "memory_kills clusters engines rankers rankers.config seeds selection filters decontamination mixing guard seed_pool "
+    "deduplication instruct_filters harvest embeddings sources chat_formats objectives.* benchmarks benchmarks.*",
     "files": "own_code chat_templates durable ownership failures job_folder store journal lease progress suspects sampling "
     "claims blocks",
     "science": "length_control versions batches logps chat model_files checkpoints process_group gang trainer training "

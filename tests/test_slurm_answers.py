@@ -10,7 +10,7 @@ from fakes import chain, write_run
 
 from aipo_hpc.clusters import Submission
 from aipo_hpc.clusters.slurm import SlurmCluster
-from aipo_hpc.clusters.slurm_answers import parse_sacct, parse_squeue
+from aipo_hpc.clusters.slurm_answers import parse_sacct, parse_squeue, parse_steps, starved
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 from aipo_hpc.recipe import SlurmConfig
 
@@ -46,20 +46,20 @@ def test_a_job_of_our_name_but_with_another_id_is_not_ours() -> None:
         f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|n1|None\n"
     )
     assert list(parse_squeue(lines, {NAME: KNOWN})[NAME]) == [0]
-    told = f"{NAME}|12_0|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n{NAME}|77_1|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n"
+    told = "".join(f"{NAME}|{each}|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0|0:0\n" for each in ("12_0", "77_1"))
     assert list(parse_sacct(told, {NAME: KNOWN})[NAME]) == [1]
 
 
 def test_an_id_of_ours_that_was_given_to_another_name_is_not_ours() -> None:
     assert parse_squeue("else|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None", {NAME: KNOWN}) == {}
-    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|n1|0:0", {NAME: KNOWN}) == {}
+    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|n1|0:0|0:0", {NAME: KNOWN}) == {}
 
 
 def test_a_submission_without_an_id_is_found_by_name_unless_the_job_is_older_than_its_intent() -> None:
     wanted = {NAME: UNKNOWN}
     assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|n1|Priority", wanted)[NAME][0].alive
     assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|n1|Priority", wanted) == {}
-    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|n1|0:0", wanted) == {}
+    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|n1|0:0|0:0", wanted) == {}
 
 
 def test_clocks_that_differ_a_little_are_forgiven() -> None:
@@ -125,6 +125,62 @@ def test_a_user_without_the_right_to_run_sacct_is_told_what_squeue_knows(site: P
     stub(site, "squeue", f"echo '{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None'")
     stub(site, "sacct", "echo 'sacct: error: Access/permission denied' >&2; exit 1")
     assert list(SlurmCluster(SlurmConfig()).states([KNOWN])[NAME]) == [0], "what squeue forgot stays unknown"
+
+
+# -- what a failure was ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "out_of_memory"),
+    [("0:125", True), ("253", True), ("125", True), ("0:9", False), ("9", False), ("137", False), ("256", False),
+     ("32000", False), ("1:0", False), ("125:0", False), ("0:0", False), ("0", False), ("", False), ("N/A", False)],
+)  # fmt: skip
+def test_only_one_exit_code_of_a_step_means_out_of_memory(code: str, out_of_memory: bool) -> None:
+    """As Slurm wrote them of steps that were killed for memory, killed by hand, or ended with an exit code."""
+    assert starved(code) == out_of_memory
+
+
+def test_steps_that_ran_out_of_memory_are_those_of_elements_or_of_the_only_one() -> None:
+    text = "77                  0                   253\n77                  3                   256\n78 N/A 253\n79 N/A 0\n"
+    assert parse_steps(text) == {("77", 0), ("78", 0)}
+
+
+def test_a_step_out_of_memory_speaks_for_a_job_that_failed_and_no_other() -> None:
+    lines = [f"{NAME}|77_{index}|2026-03-01T12:00:01|{state}|00:00:10|n1|1:0|0:125" for index, state in enumerate(ENDS)]
+    told = parse_sacct("\n".join(lines), {NAME: Submission(NAME, "iter-00/a", (0, 1, 2), (), 1, SENT, "77")})[NAME]
+    assert [told[index].kind for index in range(3)] == ["out_of_memory", None, "timeout"]
+    assert told[0].detail == "Slurm: FAILED, exit code 1:0; a step of it OUT_OF_MEMORY"
+
+
+ENDS = ("FAILED", "COMPLETED", "TIMEOUT")
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_failed_is_asked_about_once_and_where_squeue_cannot_tell_it_has_failed(
+    site: Path, tmp_path: Path, knows: bool
+) -> None:
+    lines = [f"{NAME}|77|2026-03-01T12:00:01|{index}|FAILED|0:10|n1|NonZeroExitCode" for index in (0, 1)]
+    steps = "echo '77 0 253'; echo '77 1 256'" if knows else "echo 'Invalid job format specification' >&2; exit 1"
+    states = f"printf '%s\\n' {' '.join(repr(line) for line in lines)}"
+    stub(site, "squeue", f'case "$*" in *DerivedEC*) echo "$*" >> {tmp_path}/asked; {steps};; *) {states};; esac')
+    cluster = SlurmCluster(SlurmConfig())
+    for _ in range(2):
+        told = cluster.states([KNOWN])[NAME]
+        assert [told[0].kind, told[1].kind] == (["out_of_memory", "killed"] if knows else ["killed", "killed"])
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == (1 if knows else 2) and all("--jobs=77 " in each for each in asked)
+
+
+def test_what_was_once_told_of_a_step_stands_when_the_next_question_gets_no_answer(site: Path, tmp_path: Path) -> None:
+    line = f"{NAME}|77|2026-03-01T12:00:01|%s|FAILED|0:10|n1|NonZeroExitCode"
+    (tmp_path / "states").write_text(line % 0 + "\n")
+    (tmp_path / "steps").write_text("77 0 253\n")
+    stub(site, "squeue", f'case "$*" in *DerivedEC*) cat {tmp_path}/steps;; *) cat {tmp_path}/states;; esac')
+    cluster = SlurmCluster(SlurmConfig())
+    assert [state.kind for state in cluster.states([KNOWN])[NAME].values()] == ["out_of_memory"]
+    (tmp_path / "states").write_text(f"{line % 0}\n{line % 1}\n")
+    (tmp_path / "steps").unlink()
+    assert [state.kind for state in cluster.states([KNOWN])[NAME].values()] == ["out_of_memory", "killed"]
 
 
 def test_all_submissions_are_cancelled_by_one_command_and_nobody_elses(site: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Slurm as a cluster: arrays through submitit, one squeue per query, sacct only for what squeue has forgotten.
 
 Client commands: one scontrol and one sbatch --test-only per distinct shape at the start; then one sbatch per submission and
-one squeue per query, however many shards there are.
+one squeue per query, however many shards there are; one more squeue when some have newly failed.
 """
 
 import getpass
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import submitit
@@ -21,7 +21,7 @@ from submitit.core.job_environment import JobEnvironment
 
 from aipo_hpc.clusters import Dependency, Limits, Submission, TaskState
 from aipo_hpc.clusters.envelope import MAX_REQUEUES, SubmititEnvelope, envelopes, notice
-from aipo_hpc.clusters.slurm_answers import is_ours, parse_sacct, parse_squeue
+from aipo_hpc.clusters.slurm_answers import is_ours, parse_sacct, parse_squeue, parse_steps, with_starved_step
 from aipo_hpc.errors import ClusterError, NoRoom, SubmitRefused
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ _FULL = re.compile(
 )
 """Answers that say that this user, or everybody, has too many jobs waiting and running already."""
 
+_SACCT_FIELDS = "JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode,DerivedExitCode"
 
 _NOT_SBATCHS = frozenset({"setup", "stderr_to_stdout"})
 """What submitit does by itself; the rest of its parameters of a job's shape are sbatch's options."""
@@ -60,6 +61,8 @@ class SlurmCluster:
     def __init__(self, config: "SlurmConfig") -> None:
         self._config = config
         self.num_commands = 0
+        self._steps: dict[tuple[str, int], bool] = {}
+        """Of elements that failed, by submission's id and index: whether a step of them ran out of memory."""
         try:
             shown = self.client(["scontrol", "show", "config"])
         except ClusterError as error:
@@ -174,6 +177,7 @@ class SlurmCluster:
             ),
             wanted,
         )
+        self._look_at_steps(states, wanted)
         forgotten = [
             submission for submission in submissions if len(states.get(submission.name, {})) < len(submission.shards)
         ]
@@ -182,15 +186,35 @@ class SlurmCluster:
             command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
             names = ",".join(submission.name for submission in forgotten)
             try:
-                told = self.client(
-                    [*command, f"--name={names}", "--format=JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode"]
-                )
+                told = self.client([*command, f"--name={names}", f"--format={_SACCT_FIELDS}"])
             except ClusterError:
                 return states  # no accounting here: what squeue forgot stays unknown
             for name, elements in parse_sacct(told, wanted).items():
                 for index, state in elements.items():
                     states.setdefault(name, {}).setdefault(index, state)
         return states
+
+    def _look_at_steps(self, states: dict[str, dict[int, TaskState]], wanted: Mapping[str, Submission]) -> None:
+        """Have those that failed because one of their steps ran out of memory say so; each of them is asked about once.
+
+        Slurm calls a job OUT_OF_MEMORY for its batch script alone. What srun started there, a gang, is a step.
+        """
+        ids = {name: submission.id for name, submission in wanted.items() if submission.id is not None}
+        failed = {
+            (ids[name], index): (name, index)
+            for name, elements in states.items()
+            for index, state in elements.items()
+            if state.kind == "killed" and name in ids
+        }
+        if new := failed.keys() - self._steps.keys():
+            asked = ",".join(sorted({job_id for job_id, _ in new}))
+            command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={asked}"]
+            with suppress(ClusterError):  # where it cannot tell, what it has told already stands
+                starved = parse_steps(self.client([*command, "--Format=ArrayJobID,ArrayTaskID,DerivedEC"]))
+                self._steps.update({each: each in starved for each in new})
+        for element, (name, index) in failed.items():
+            if self._steps.get(element):
+                states[name][index] = with_starved_step(states[name][index])
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """One scancel of the ids that squeue tells for these names: scancel itself takes no more than one name."""

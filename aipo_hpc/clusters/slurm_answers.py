@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from aipo_hpc.clusters import Submission, TaskState
 
@@ -19,6 +20,9 @@ _OVER = {
     "REVOKED": "cancelled",
 }
 """States of Slurm in which a job is over, as classes of failure."""
+
+_OUT_OF_MEMORY = 125
+"""The signal by which Slurm says so in a step's exit code; no process gets it."""
 
 _SKEW = 300.0
 """Seconds by which the clocks of the scheduler and of this machine may differ."""
@@ -38,22 +42,46 @@ def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[
 
 
 def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code``.
+    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code|highest exit code of a step``.
 
     Ids of waiting elements may be folded: 12_[3-5].
     """
     states: dict[str, dict[int, TaskState]] = {}
     for line in text.splitlines():
         fields = line.strip().split("|")
-        if len(fields) < 7:
+        if len(fields) < 8:
             continue
-        name, job_id, submitted, state, elapsed, nodes, exit_code = fields[:7]
+        name, job_id, submitted, state, elapsed, nodes, exit_code, of_a_step = fields[:8]
         array, _, element = job_id.partition("_")
         if not is_ours(wanted.get(name), array, submitted):
             continue
         told = task_state(state, seconds(elapsed), wanted[name], f"exit code {exit_code}", nodes)
+        if starved(of_a_step):
+            told = with_starved_step(told)
         _tell(states.setdefault(name, {}), expand(element), told, wanted[name])
     return states
+
+
+def parse_steps(text: str) -> set[tuple[str, int]]:
+    """Read lines of ``job id, array index, highest exit code of a step``: the elements of which a step ran out of memory.
+
+    The only element of a submission, which is no array, has index 0.
+    """
+    lines = [fields for line in text.splitlines() if len(fields := line.split()) == 3]
+    return {(job_id, index) for job_id, element, code in lines if starved(code) for index in expand(element) or [0]}
+
+
+def starved(exit_code: str) -> bool:
+    """Whether an exit code of a step, as sacct (0:125) or squeue (253) writes it, is the one that means out of memory."""
+    status, _, signal = exit_code.rpartition(":")
+    return signal.isdecimal() and int(signal) & 0x7F == _OUT_OF_MEMORY and status in ("", "0")
+
+
+def with_starved_step(state: TaskState) -> TaskState:
+    """The state of an element of which a step ran out of memory: the job's own state does not tell."""
+    if state.kind != "killed":
+        return state
+    return replace(state, kind="out_of_memory", detail=f"{state.detail}; a step of it OUT_OF_MEMORY")
 
 
 def _tell(states: dict[int, TaskState], indices: Sequence[int], told: TaskState, submission: Submission) -> None:
