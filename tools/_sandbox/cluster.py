@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from _sandbox import config, packages
+from _sandbox import cgroups, config, packages
 from _sandbox import folder as folders
 from _sandbox import process as processes
 from _sandbox.errors import SandboxError
@@ -147,6 +147,9 @@ class Cluster:
         root, password = self.folder.root, secrets.token_hex(16)
         _write(self.folder.conf, config.slurm_conf(self.folder), 0o644)
         _write(root / "gres.conf", config.gres_conf(self.folder), 0o644)
+        if self.folder.settings.enforce_memory:
+            cgroups.make(root)
+            _write(root / "cgroup.conf", config.cgroup_conf(self.folder, cgroups.limits_swap(root)), 0o644)
         _write(root / "munge.key", secrets.token_bytes(128), 0o400)
         for i in range(config.GPUS_PER_NODE):
             _make_device(root / "dev" / f"nvidia{i}")
@@ -203,6 +206,8 @@ class Cluster:
         # Whatever was just being forked during the first look, and orphans without a record.
         while left := self._marked():
             processes.stop(left, grace=2)
+        if self.folder.settings.enforce_memory:
+            cgroups.remove(self.folder.root)
 
     def _marked(self) -> list[Process]:
         return processes.marked(self.folder.root, self.folder.conf)

@@ -5,13 +5,14 @@ from _sandbox.folder import Folder
 CLUSTER = "sandbox"
 GPUS_PER_NODE = 8
 CPUS_PER_NODE = 8
+MEGABYTES_PER_NODE = 4000
 
 
 def slurm_conf(folder: Folder) -> str:
     settings, ports = folder.settings, folder.ports
     nodes = "\n".join(
         f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[name]}"
-        f" CPUs={CPUS_PER_NODE} RealMemory=4000 Gres=gpu:{GPUS_PER_NODE}"
+        f" CPUs={CPUS_PER_NODE} RealMemory={MEGABYTES_PER_NODE} Gres=gpu:{GPUS_PER_NODE}"
         for name in settings.node_names
     )
     accounting = "AccountingStorageType=accounting_storage/none"
@@ -24,6 +25,11 @@ AccountingStoragePass={folder.munge_socket}
 AccountingStorageTRES=gres/gpu"""
         if settings.enforce_limits:
             accounting += "\nAccountingStorageEnforce=limits"
+    task_plugin, consumable, memory = "task/none", "CR_Core", ""
+    if settings.enforce_memory:
+        task_plugin, consumable = "task/cgroup", "CR_Core_Memory"
+        # A job that asks for none would get all of a node.
+        memory = f"\nDefMemPerCPU={MEGABYTES_PER_NODE // CPUS_PER_NODE}"
     return f"""\
 ClusterName={CLUSTER}
 SlurmctldHost=localhost
@@ -42,7 +48,7 @@ SlurmdPidFile={folder.run}/slurmd-%n.pid
 SlurmdLogFile={folder.root}/logs/steps-%n.log
 
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -50,7 +56,7 @@ PropagateResourceLimits=NONE
 MailProg=/bin/true
 
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters={consumable}{memory}
 GresTypes=gpu
 # Nodes may claim more CPUs than the machine has.
 SlurmdParameters=config_overrides
@@ -81,6 +87,15 @@ PartitionName=urgent Nodes=ALL DefaultTime=01:00:00 MaxTime=1-00:00:00 PriorityT
 def gres_conf(folder: Folder) -> str:
     # A bare Count is refused; with files the jobs get real CUDA_VISIBLE_DEVICES bindings.
     return f"AutoDetect=off\nName=gpu File={folder.root}/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n"
+
+
+def cgroup_conf(folder: Folder, limits_swap: bool) -> str:
+    return f"""\
+CgroupPlugin=cgroup/v1
+CgroupMountpoint={folder.root}/cgroup
+ConstrainRAMSpace=yes
+ConstrainSwapSpace={"yes" if limits_swap else "no"}
+"""
 
 
 def slurmdbd_conf(folder: Folder, password: str) -> str:

@@ -3,13 +3,14 @@
     <dir>/
       sandbox.json     settings, ports and the short folder, written before anything starts
       ready            present once a start went through; without it the next start begins afresh
-      slurm.conf, gres.conf, slurmdbd.conf, accounts.sql, munge.key
+      slurm.conf, gres.conf, cgroup.conf, slurmdbd.conf, accounts.sql, munge.key
       pids/<daemon>    boot id and /proc/<pid>/stat line of each daemon
       logs/<daemon>.log, logs/steps-<node>.log
       state/           slurmctld's state
       db/              MariaDB's data
       dev/nvidia[0-7]  the fake GPUs
       run/             sockets and the nodes' spools
+      cgroup/memory    link to the sandbox's memory cgroup, where memory limits are enforced
 
 A unix socket's path may have about 107 bytes. When <dir> is too long for that,
 ``run`` is a fresh short folder under /tmp, named in sandbox.json and removed by stop.
@@ -31,8 +32,8 @@ from pathlib import Path
 from _sandbox.errors import SandboxError
 
 _LONGEST_SOCKET = len("/n999/n999_4294967295.4294967295.0")
-_FILES = ("ready", "slurm.conf", "gres.conf", "slurmdbd.conf", "accounts.sql", "munge.key", "munge.seed")
-_FOLDERS = ("pids", "state", "db", "dev", "run", "logs")
+_FILES = ("ready", "slurm.conf", "gres.conf", "cgroup.conf", "slurmdbd.conf", "accounts.sql", "munge.key", "munge.seed")
+_FOLDERS = ("pids", "state", "db", "dev", "run", "cgroup", "logs")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
     nodes: int = 4
     accounting: bool = True
     enforce_limits: bool = False
+    enforce_memory: bool = False
     max_array_size: int = 1001
     min_job_age: int = 300
     slurmd_timeout: int = 60
