@@ -26,7 +26,8 @@ class Blocks:
     ) -> None:
         """``batches``: ids of what is done together, the same in all attempts, finished ones included.
 
-        Raises NothingLeft in an extra attempt that comes too late to do anything.
+        An attempt whose batches are others does all the rest by itself. Raises NothingLeft in an extra attempt that comes too
+        late to do anything.
         """
         size = max(1, -(-len(batches) // MOST))
         self._blocks = [batches[start : start + size] for start in range(0, len(batches), size)]
@@ -35,10 +36,10 @@ class Blocks:
         self._claims = task.claims
         self._where = f"{task.job} shard {task.shard}"
         self._mine: list[int] = []
-        if self._claims is not None:
-            self._claims.open(len(self._blocks))
-            if self._claims.extra and not self._claims.any_free(self._open()):
-                self._claims.leave()
+        if self._claims is not None and not self._claims.open(len(self._blocks)):
+            self._claims = None
+        if self._claims is not None and self._claims.extra and not self._claims.any_free(self._open()):
+            self._claims.leave()
 
     def rounds(self) -> Iterator[Iterator[list[str]]]:
         """Yield rounds of batches, one to be begun after the other: suspects last, each group alone.

@@ -51,8 +51,12 @@ class Claims:
         self._owners: dict[str, str] = {}
         self._ended: set[str] = set()
 
-    def open(self, num_blocks: int) -> None:
-        """Begin, with blocks 0 to ``num_blocks`` - 1. Raises NothingLeft in an extra attempt of a shard that nobody shares."""
+    def open(self, num_blocks: int) -> bool:
+        """Begin, with blocks 0 to ``num_blocks`` - 1. False: the shard was divided in another way, so nothing can be claimed.
+
+        It was if this attempt has smaller batches, after a death for want of memory. Raises NothingLeft in an extra attempt
+        of a shard that cannot be shared with it.
+        """
         if not self.extra:
             with full_disk_named(self._folder):
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,8 +64,9 @@ class Claims:
         there = _number_of_blocks(self._folder)
         if there is None:
             raise self._nothing_left()
-        # Blocks are made of the prompts alone, so all attempts have the same.
-        assert there == num_blocks, f"{self._folder}: made for {there} blocks, not {num_blocks}"
+        if there != num_blocks and self.extra:
+            self.leave()
+        return there == num_blocks
 
     def take(self, wanted: Sequence[int]) -> tuple[int, bool] | None:
         """Claim one of these blocks. None: none of them is free.

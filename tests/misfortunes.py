@@ -125,9 +125,9 @@ def _poison(folder: Path) -> None:
         ranker.prompts_per_call, ranker.rank = PROMPTS_PER_CALL, rank_poisoned
         return ranker
 
-    def score_poisoned(model: Any, rows: Any, errors: Any) -> Any:
+    def score_poisoned(model: Any, rows: Any) -> Any:
         poisoned("reference", [row.prompt_id for row in rows])
-        return score(model, rows, errors)
+        return score(model, rows)
 
     engines.load_engine, rankers.load_ranker, reference._score = (
         load_poisoned_engine,

@@ -20,7 +20,7 @@ from aipo_hpc.claims import Claims, NothingLeft, left
 from aipo_hpc.engines import Completion, Request
 from aipo_hpc.progress import ROWS
 from aipo_hpc.rankers.pairrm import PairRM
-from aipo_hpc.rows import Candidate, TrainRow
+from aipo_hpc.rows import Candidate, TrainRow, read_rows
 from aipo_hpc.sentinel import Failure
 from aipo_hpc.stages import generate, rank, reference
 from aipo_hpc.stages.rank import RankConfig
@@ -203,6 +203,39 @@ def test_a_shard_of_reference_that_is_shared_has_the_bytes_of_one_that_is_not(
     assert "p3" not in begun["whole"] and "p0" in begun[EXTRA]
     assert (own.out / ROWS).read_bytes() == (whole.out / ROWS).read_bytes()
     assert shared.counts == {**outcome.counts, "shared": len(begun[EXTRA])} and shared.counts["errors"] == 2
+
+
+def test_an_attempt_with_smaller_batches_than_its_shard_was_divided_by_does_all_the_rest_itself(
+    folder: JobFolder, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a death for want of memory; an extra attempt has nothing to join then."""
+    config = ReferenceConfig(dtype="float32", tokens_per_batch=64)
+    smaller = replace(config, tokens_per_batch=32)
+    whole = reference_task(tmp_path / "whole", [pair(number) for number in range(9)], tiny_model)
+    reference.run(smaller, whole)
+    forward = reference._forward
+    begun: list[list[str]] = []
+
+    def watched(model: Any, rows: Sequence[TrainRow]) -> Iterator[TrainRow]:
+        begun.append([row.prompt_id for row in rows])
+        if len(begun) == 2:
+            raise Killed
+        yield from forward(model, rows)
+
+    monkeypatch.setattr(reference, "_forward", watched)
+    first = attempt(folder, whole, OWN, extra=False)
+    with pytest.raises(Killed):
+        reference.run(config, first)
+    done = begun[0]
+    own = attempt(folder, whole, "aipo-cafe-3.0.r0", extra=False)
+    with pytest.raises(NothingLeft):
+        reference.run(smaller, attempt(folder, whole, EXTRA, extra=True))
+    outcome = reference.run(smaller, own)
+    print(f"batches of {[len(each) for each in begun]}, the second one died")
+    again = [each for batch in begun[2:] for each in batch]
+    assert not set(done) & set(again) and len(done) + len(again) == 9 and outcome.counts["pairs"] == 9
+    rows = [list(read_rows([made.out / ROWS], TrainRow)) for made in (own, whole)]
+    assert [row.prompt_id for row in rows[0]] == [row.prompt_id for row in rows[1]]
 
 
 class Killed(BaseException):
