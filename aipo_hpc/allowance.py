@@ -5,15 +5,25 @@ refused; then half of it, down to one. When even one is refused, or what was acc
 a while. What is accepted doubles it again.
 """
 
+from collections.abc import Iterable
+
 
 class Allowance:
-    """Grows and shrinks with the scheduler's answers. ``wait``: seconds to leave a full scheduler alone."""
+    """Grows and shrinks with the scheduler's answers. ``wait``: seconds to leave a full scheduler alone.
 
-    def __init__(self, wait: float) -> None:
+    ``answers``: earlier ones, numbers of shards with whether there was room for them, so that nothing is learnt twice.
+    """
+
+    def __init__(self, wait: float, answers: Iterable[tuple[int, bool]] = ()) -> None:
         self._wait = wait
         self._most: int | None = None
         self._not_before = 0.0
         self._accepted = False
+        for num_shards, taken in answers:
+            if taken:
+                self.accepted(num_shards)
+            else:
+                self.refused(num_shards, now=0.0)
 
     def at(self, now: float) -> int | None:
         """How many shards to send now; None: as many as there are."""

@@ -75,7 +75,7 @@ class Driver:
         self._inspector = Inspector(run, graph)
         self._manifests = Manifests(run, graph)
         self._retention = Retention(run, graph, journal, tell, keep_models)
-        self._allowance = Allowance(max(1.0, cluster.limits.query_interval))
+        self._allowance = Allowance(max(1.0, cluster.limits.query_interval), journal.answers)
         self._failed_since: dict[Element, float] = {}
         self._kept_off: set[str] = set()
         self._shared = SharedShards(run, graph, journal, cluster, tell)
@@ -293,7 +293,7 @@ class Driver:
             self._tell(f"{submit.job}: refused with {submit.adjustment}, sent without: {error}")
             return self._submit(replace(submit, adjustment=as_asked))
         except NoRoom as error:
-            self._journal.refused(submission, str(error))
+            self._journal.refused(submission, str(error), full=True)
             if self._allowance.at(time.time()) is None:
                 self._tell(f"{error}; sending fewer at once from now on, the rest as there is room")
             self._allowance.refused(len(submit.shards), time.time())

@@ -23,6 +23,8 @@ class Journal:
         self.launched = 0
         """Fencing number of the last launch that was typed: failures of earlier ones are forgiven. A chain's step is none."""
         self.submissions: dict[str, Submission] = {}
+        self.answers: list[tuple[int, bool]] = []
+        """How many shards the scheduler was to take, each time since that launch, and whether it had room for them."""
         self._numbers = 0
         for event in run.read_journal():
             self._replay(event)
@@ -31,7 +33,8 @@ class Journal:
         kind = event["event"]
         if kind in ("launch", "step"):
             self.fence = max(self.fence, int(event["fence"]))
-            self.launched = self.launched if kind == "step" else self.fence
+            if kind == "launch":
+                self.launched, self.answers = self.fence, []
         elif kind == "submit":
             submission = Submission(
                 name=event["name"],
@@ -49,8 +52,11 @@ class Journal:
             name = str(event["name"])
             if name in self.submissions:
                 self.submissions[name] = replace(self.submissions[name], id=str(event["id"]))
+                self.answers.append((len(self.submissions[name].shards), True))
         elif kind == "refused":
-            self.submissions.pop(str(event["name"]), None)
+            refused = self.submissions.pop(str(event["name"]), None)
+            if refused is not None and event.get("full"):
+                self.answers.append((len(refused.shards), False))
         elif kind == "reset":
             self._forget(event["jobs"])
 
@@ -89,9 +95,9 @@ class Journal:
         self._run.append_journal("submitted", name=submission.name, id=identifier)
         self.submissions[submission.name] = replace(submission, id=identifier)
 
-    def refused(self, submission: Submission, message: str) -> None:
-        """Note that the scheduler did not take it."""
-        self._run.append_journal("refused", name=submission.name, message=message)
+    def refused(self, submission: Submission, message: str, full: bool = False) -> None:
+        """Note that the scheduler did not take it; ``full``: that it has no room for so many shards."""
+        self._run.append_journal("refused", name=submission.name, message=message, full=full)
         del self.submissions[submission.name]
 
     def reset(self, jobs: Sequence[str], **fields: object) -> None:

@@ -254,11 +254,13 @@ class Driven:
 
 
 @contextmanager
-def driven(run: Run, graph: Graph, cluster: Cluster, keep_models: int | None = None) -> Iterator[Driven]:
-    """A driver at work on a run, as a launch starts it."""
+def driven(
+    run: Run, graph: Graph, cluster: Cluster, keep_models: int | None = None, step: bool = False
+) -> Iterator[Driven]:
+    """A driver at work on a run, as a launch starts it, or a step of a chain."""
     with Lease(run) as lease:
         kept = Journal(run)
-        kept.launch()
+        _ = kept.step() if step else kept.launch()
         lines: list[str] = []
         views: list[tuple[Decision, View]] = []
         made = Driver(

@@ -147,6 +147,24 @@ def test_without_room_for_a_successor_the_step_stays_and_drives(run: Run, graph:
     assert len(steps.sent) == 1 and run.job(A).done(graph.fingerprints[A]).keys() == {0, 1, 2, 3}
 
 
+def test_a_step_knows_what_the_scheduler_had_no_room_for_in_those_before_it(tmp_path: Path, clock: Clock) -> None:
+    graph = chain(64)
+    run = write_run(tmp_path / "run", graph)
+    cluster, steps = ScriptedCluster(replace(SLURM_LIKE, query_interval=20.0), room=5), FakeSteps()
+    refused = []
+    for number in range(4):
+        with driven(run, graph, cluster, step=number > 0) as at_work:
+            at_work.driver.tick()
+            advance(run, at_work, steps)
+        refused.append(sum(event["event"] == "refused" for event in run.read_journal()) - sum(refused))
+        steps.waiting.clear()
+        clock.sleep(60)
+    sizes = [len(each.shards) for each in cluster.taken]
+    print(f"64 shards, room for five: refused in each of four steps {refused}, taken {sizes}")
+    assert refused == [5, 3, 1, 1], "the second step fills the room, the others find it full"
+    assert sum(sizes) == 5
+
+
 def test_a_refused_successor_is_an_error_of_the_step(run: Run, graph: Graph, clock: Clock) -> None:
     steps = FakeSteps(answers=[SubmitRefused("Invalid partition")])
     with driven(run, graph, ScriptedCluster()) as at_work, pytest.raises(SubmitRefused):
