@@ -17,15 +17,17 @@ from _sandbox.process import Process
 
 from _chaos.world import World
 from aipo_hpc.claims import unclaimed
+from aipo_hpc.leftovers import LEAST
 
 
 @dataclass(frozen=True)
 class Done:
-    """What was done; ``end`` undoes it after ``seconds``."""
+    """What was done; ``end`` undoes it after ``seconds``, and for ``alone`` of them nothing else is done."""
 
     what: str
     seconds: float = 0.0
     end: Callable[[], object] | None = None
+    alone: float = 0.0
 
 
 Fault = Callable[[World, Random], Done | None]
@@ -61,7 +63,10 @@ def kill_worker(world: World, draw: Random) -> Done | None:
 
 
 def hold_task(world: World, draw: Random) -> Done | None:
-    """A task stands still amid its shard, as on a node that hangs, for longer than others wait before they take part."""
+    """A task stands still amid its shard, as on a node that hangs, for longer than others wait before they take part.
+
+    Nothing else goes wrong until they do, or the task would hardly ever live so long.
+    """
     for claims in sorted(world.run_dir.glob("iter-*/*/claims/*")):
         job, shard = world.run.job(str(claims.parent.parent.relative_to(world.run_dir))), int(claims.name)
         with suppress(OSError):
@@ -72,7 +77,8 @@ def hold_task(world: World, draw: Random) -> Done | None:
             held = [process for group in groups for process in group]
             for process in held:
                 process.signal(signal.SIGSTOP)
-            return Done(f"{job.name} shard {shard} stands still", draw.uniform(150, 180), partial(_go_on, held))
+            what = f"{job.name} shard {shard} stands still"
+            return Done(what, draw.uniform(150, 180), partial(_go_on, held), alone=LEAST)
     return None
 
 

@@ -29,6 +29,8 @@ class Gremlin:
     tell: Callable[[str], None] = print
     injected: Counter[str] = field(default_factory=Counter)
     _overdue: list[str] = field(default_factory=list)
+    _not_before: float = 0.0
+    """When something may be done again."""
     _ends: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
 
     def disturb(self, seconds: float) -> None:
@@ -46,7 +48,8 @@ class Gremlin:
                 self._end_what_is_over(now)
                 if self.world.user.finished and not self._ends:
                     return
-                if not self.world.user.finished and self.injected.total() < self.most:
+                left = self.injected.total() < self.most and not self.world.user.finished
+                if left and now >= self._not_before:
                     if now >= due:
                         deck = deck or draw.sample(rest := sorted(set(self.kinds) - set(self._overdue)), len(rest))
                         if self._inject(deck, draw, now - began):
@@ -69,6 +72,7 @@ class Gremlin:
                 continue
             self.injected[kind] += 1
             self.tell(f"[{at:6.1f} s] {done.what}")
+            self._not_before = time.monotonic() + done.alone
             if done.end is not None:
                 self._ends.append((time.monotonic() + done.seconds, done.end))
             return True
