@@ -171,6 +171,16 @@ def test_what_failed_is_asked_about_once_and_where_squeue_cannot_tell_it_has_fai
     assert len(asked) == (1 if knows else 2) and all("--jobs=77 " in each for each in asked)
 
 
+def test_what_runs_without_steps_is_not_asked_about_them(site: Path, tmp_path: Path) -> None:
+    stub(site, "sbatch", "echo Submitted batch job 77")
+    stub(site, "squeue", f"echo \"$*\" >> {tmp_path}/asked; echo '{NAME}|77|2026-03-01T12:00:01|0|FAILED|0:10|n1|Nope'")
+    graph = chain(2)
+    run, cluster = write_run(tmp_path / "run", graph), SlurmCluster(SlurmConfig())
+    cluster.submit(run, graph.jobs[KNOWN.job], KNOWN, [])
+    assert cluster.states([KNOWN])[NAME][0].kind == "killed"
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1
+
+
 def test_what_was_once_told_of_a_step_stands_when_the_next_question_gets_no_answer(site: Path, tmp_path: Path) -> None:
     line = f"{NAME}|77|2026-03-01T12:00:01|%s|FAILED|0:10|n1|NonZeroExitCode"
     (tmp_path / "states").write_text(line % 0 + "\n")

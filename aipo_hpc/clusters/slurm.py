@@ -1,7 +1,7 @@
 """Slurm as a cluster: arrays through submitit, one squeue per query, sacct only for what squeue has forgotten.
 
 Client commands: one scontrol and one sbatch --test-only per distinct shape at the start; then one sbatch per submission and
-one squeue per query, however many shards there are; one more squeue when some have newly failed.
+one squeue per query, however many shards there are; one more squeue when some that may have had steps have newly failed.
 """
 
 import getpass
@@ -63,6 +63,8 @@ class SlurmCluster:
         self.num_commands = 0
         self._steps: dict[tuple[str, int], bool] = {}
         """Of elements that failed, by submission's id and index: whether a step of them ran out of memory."""
+        self._without_steps: set[str] = set()
+        """Names of submissions whose elements are known to have no steps."""
         try:
             shown = self.client(["scontrol", "show", "config"])
         except ClusterError as error:
@@ -112,6 +114,7 @@ class SlurmCluster:
         python = self._config.python or shlex.quote(sys.executable)
         if not parameters["use_srun"]:
             python = f"exec {python}"  # Python takes the place of the batch shell, which gets Slurm's signal
+            self._without_steps.add(submission.name)
         folder = run.job(job.name).logs
         executor = submitit.SlurmExecutor(folder=folder, python=python, max_num_timeout=MAX_REQUEUES)
         executor.update_parameters(**parameters)
@@ -199,7 +202,8 @@ class SlurmCluster:
 
         Slurm calls a job OUT_OF_MEMORY for its batch script alone. What srun started there, a gang, is a step.
         """
-        ids = {name: submission.id for name, submission in wanted.items() if submission.id is not None}
+        of_interest = wanted.keys() - self._without_steps
+        ids = {name: submission.id for name, submission in wanted.items() if submission.id and name in of_interest}
         failed = {
             (ids[name], index): (name, index)
             for name, elements in states.items()
