@@ -1,14 +1,13 @@
 """A stage that takes memory for all prompts of a batch at once, and in which one process may starve while others live."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aipo_hpc.durable import write_durably
 from aipo_hpc.graph import Edge, Graph, Job, make_graph
 from aipo_hpc.resources import Resources
 from aipo_hpc.settings import memory_bound, tuning
@@ -39,40 +38,42 @@ def run(config: HungryConfig, task: Task) -> Outcome:
     if place.rank == 0:
         (task.out / ROOM).write_text(f"{config.batch_size} {memory_limit() >> 20}")
     if task.shard == task.num_shards - 1:
-        for _ in range(0, config.num_prompts, config.batch_size):
-            eat_as(config.eater, config.mb_per_prompt * config.batch_size, place)
+        meals = [config.mb_per_prompt * config.batch_size] * (config.num_prompts // config.batch_size)
+        eat_as(config.eater, meals, task.out / "port", place)
     (task.out / SAID).write_text("".join(f"{number}\n" for number in range(config.num_prompts)))
     return Outcome(config.num_prompts, (SAID,))
 
 
-def eat_as(eater: str, megabytes: int, place: Place) -> None:
-    """Take the memory there, and notice it if that was too much for another process than this one."""
+def eat_as(eater: str, meals: list[int], port: Path, place: Place) -> None:
+    """Take so many megabytes there, meal by meal, and notice it if that was too much for another process than this one."""
     if eater == ITSELF:
-        eat(megabytes)
-    elif eater in (CHILD, SPARE_CHILD):
-        code = subprocess.run([sys.executable, __file__, str(megabytes)], check=False).returncode
-        if code and eater == CHILD:
-            raise RuntimeError(f"the engine's process ended with exit code {code}")
-    elif eater == NEIGHBOUR and place.rank == place.world_size - 1:
-        with connected() as first:
+        for megabytes in meals:
             eat(megabytes)
-            first.sendall(b"1")
+    elif eater in (CHILD, SPARE_CHILD):
+        codes = [subprocess.run([sys.executable, __file__, str(each)], check=False).returncode for each in meals]
+        if any(codes) and eater == CHILD:
+            raise RuntimeError(f"the engine's process ended with exit code {codes[0]}")
+    elif eater == NEIGHBOUR and place.rank == place.world_size - 1:
+        with socket.create_connection(("127.0.0.1", told(port))) as first:
+            for megabytes in meals:
+                eat(megabytes)
+                first.sendall(b"1")
     elif eater == NEIGHBOUR:
-        with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))) as server:
+        with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(PATIENCE)
+            write_durably(port, str(server.getsockname()[1]))
             neighbour, _ = server.accept()
-            if not neighbour.recv(1):
+            if not all(neighbour.recv(1) for _ in meals):
                 raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]")
 
 
-def connected() -> socket.socket:
-    """A connection to the first process of the gang, once that listens."""
+def told(port: Path) -> int:
+    """Where the first process of the gang listens, once it does."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with suppress(ConnectionRefusedError):
-            return socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    while not port.exists():
+        assert time.monotonic() < deadline, "the first process does not listen"
         time.sleep(0.02)
-    raise TimeoutError("the first process does not listen")
+    return int(port.read_text())
 
 
 def eat(megabytes: int) -> None:

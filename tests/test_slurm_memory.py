@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from _sandbox import cgroups
 from fakes import driven, eventually, write_run
 from hungry_stage import ROOM, hungry_graph
 from sandbox import TOOL, Sandbox, running_sandbox
@@ -47,9 +48,10 @@ def strict_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox
 # -- the sandbox ---------------------------------------------------------------------------------------------------------
 
 
-def groups() -> set[Path]:
-    """All memory cgroups of sandboxes, and below them."""
-    return {path for each in CGROUPS.glob("slurm-sandbox-*") for path in [each, *each.rglob("*")] if path.is_dir()}
+def groups(sandbox: Path) -> list[str]:
+    """Names of the memory cgroups of the sandbox in this folder."""
+    own = cgroups.group(sandbox)
+    return [path.name for path in [own, *own.rglob("*")] if path.is_dir()]
 
 
 def eat(megabytes: int) -> str:
@@ -77,16 +79,16 @@ def test_a_job_that_takes_more_than_it_asked_for_is_out_of_memory_and_others_are
 def test_a_second_sandbox_has_its_own_cgroups_and_leaves_none_when_it_stops(
     strict_sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    first = groups()
     with running_sandbox(tmp_path / "second", nodes=1, no_accounting=True, enforce_memory=True) as second:
         job = second.run(
             "sbatch", "--parsable", "--output=/dev/null", "--mem=300M", "--wrap=setsid sleep 300 & sleep 300"
         )
-        assert eventually(lambda: any(path.name == f"job_{job}" for path in groups() - first))
+        assert eventually(lambda: f"job_{job}" in groups(second.folder))
         assert ended(strict_sandbox, "--nodelist=n1", f"--wrap={eat(600)}") == "OUT_OF_MEMORY OutOfMemory"
         assert ended(second, "--mem=100M", f"--wrap={eat(200)}") == "OUT_OF_MEMORY OutOfMemory"
         second.stop_daemon("n1", kill=True)
-    assert groups() <= first, "a job was running, and nobody who would have removed its groups"
+    assert groups(second.folder) == [], "a job was running, and nobody who would have removed its groups"
+    assert "slurm_n1" in groups(strict_sandbox.folder)
     assert ended(strict_sandbox, "--mem=300M", f"--wrap={eat(200)}") == "COMPLETED None", "the other one goes on"
 
 
@@ -101,7 +103,6 @@ def test_a_second_sandbox_has_its_own_cgroups_and_leaves_none_when_it_stops(
 def test_where_limits_cannot_be_enforced_the_sandbox_says_what_is_missing(
     strict_sandbox: Sandbox, tmp_path: Path, machine: str, why: str
 ) -> None:
-    before = groups()
     for command, code in (("start --enforce-memory", 1), ("stop", 0)):
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", f"{machine} && {sys.executable} {TOOL} {command} --dir={tmp_path}/own"],
@@ -115,7 +116,7 @@ def test_where_limits_cannot_be_enforced_the_sandbox_says_what_is_missing(
         if code:
             assert CANNOT in done.stderr and why in done.stderr and "start without it, or elsewhere" in done.stderr
     assert list((tmp_path / "own").iterdir()) == []
-    assert groups() == before
+    assert groups(tmp_path / "own") == []
 
 
 # -- the driver ----------------------------------------------------------------------------------------------------------
