@@ -46,20 +46,20 @@ def test_a_job_of_our_name_but_with_another_id_is_not_ours() -> None:
         f"{NAME}|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None\n{NAME}|12|2026-03-01T12:00:01|1|RUNNING|0:10|n1|None\n"
     )
     assert list(parse_squeue(lines, {NAME: KNOWN})[NAME]) == [0]
-    told = "".join(f"{NAME}|{each}|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0|0:0\n" for each in ("12_0", "77_1"))
+    told = "".join(f"{NAME}|{each}|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0\n" for each in ("12_0", "77_1"))
     assert list(parse_sacct(told, {NAME: KNOWN})[NAME]) == [1]
 
 
 def test_an_id_of_ours_that_was_given_to_another_name_is_not_ours() -> None:
     assert parse_squeue("else|77|2026-03-01T12:00:01|0|RUNNING|0:10|n1|None", {NAME: KNOWN}) == {}
-    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|n1|0:0|0:0", {NAME: KNOWN}) == {}
+    assert parse_sacct("else|77_0|2026-03-01T12:00:01|COMPLETED|00:00:10|n1|0:0", {NAME: KNOWN}) == {}
 
 
 def test_a_submission_without_an_id_is_found_by_name_unless_the_job_is_older_than_its_intent() -> None:
     wanted = {NAME: UNKNOWN}
     assert parse_squeue(f"{NAME}|5|2026-03-01T12:00:02|0|PENDING|0:00|n1|Priority", wanted)[NAME][0].alive
     assert parse_squeue(f"{NAME}|5|2026-02-20T09:00:00|0|PENDING|0:00|n1|Priority", wanted) == {}
-    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|n1|0:0|0:0", wanted) == {}
+    assert parse_sacct(f"{NAME}|5_1|2026-02-20T09:00:00|COMPLETED|00:01:00|n1|0:0", wanted) == {}
 
 
 def test_clocks_that_differ_a_little_are_forgiven() -> None:
@@ -146,13 +146,19 @@ def test_steps_that_ran_out_of_memory_are_those_of_elements_or_of_the_only_one()
 
 
 def test_a_step_out_of_memory_speaks_for_a_job_that_failed_and_no_other() -> None:
-    lines = [f"{NAME}|77_{index}|2026-03-01T12:00:01|{state}|00:00:10|n1|1:0|0:125" for index, state in enumerate(ENDS)]
-    told = parse_sacct("\n".join(lines), {NAME: Submission(NAME, "iter-00/a", (0, 1, 2), (), 1, SENT, "77")})[NAME]
-    assert [told[index].kind for index in range(3)] == ["out_of_memory", None, "timeout"]
+    lines = [
+        line
+        for index, state in enumerate(("FAILED", "COMPLETED", "TIMEOUT", "FAILED"))
+        for line in (
+            f"{NAME}|77_{index}|2026-03-01T12:00:01|{state}|00:00:10|n1|1:0",
+            f"batch|77_{index}.batch|2026-03-01T12:00:01|FAILED|00:00:10|n1|1:0",
+            f"python|77_{index}.0|2026-03-01T12:00:01|{'FAILED' if index == 3 else 'OUT_OF_MEMORY'}|00:00:10|n1|0:125",
+        )
+    ]
+    wanted = Submission(NAME, "iter-00/a", (0, 1, 2, 3), (), 1, SENT, "77")
+    told = parse_sacct("\n".join(lines), {NAME: wanted})[NAME]
+    assert [told[index].kind for index in range(4)] == ["out_of_memory", None, "timeout", "killed"]
     assert told[0].detail == "Slurm: FAILED, exit code 1:0; a step of it OUT_OF_MEMORY"
-
-
-ENDS = ("FAILED", "COMPLETED", "TIMEOUT")
 
 
 @pytest.mark.parametrize("knows", [True, False])

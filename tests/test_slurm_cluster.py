@@ -107,7 +107,7 @@ def test_lines_of_squeue_become_states_of_elements() -> None:
 def test_a_job_that_is_no_array_is_element_0() -> None:
     wanted = {NAME: replace(ARRAY, shards=(5,))}
     assert list(parse_squeue(f"{NAME}|77|2026-03-01T12:00:01|N/A|RUNNING|1:02|n1|None\n", wanted)[NAME]) == [0]
-    assert list(parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|FAILED|00:01:00|n1|1:0|0:0\n", wanted)[NAME]) == [0]
+    assert list(parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|FAILED|00:01:00|n1|1:0\n", wanted)[NAME]) == [0]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -118,15 +118,15 @@ def test_an_array_that_was_cancelled_as_a_whole_is_told_by_one_line_for_what_has
     assert {index: state.kind for index, state in told.items()} == (
         {0: "cancelled", 1: None, 2: "cancelled"} if first else {1: None}
     )
-    told = parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|CANCELLED by 0|00:00:00|n1|0:0|0:0\n", {NAME: WAITING})[NAME]
+    told = parse_sacct(f"{NAME}|77|2026-03-01T12:00:01|CANCELLED by 0|00:00:00|n1|0:0\n", {NAME: WAITING})[NAME]
     assert [state.kind for state in told.values()] == ["dependency"] * 3
 
 
 def test_lines_of_sacct_become_states_of_elements() -> None:
     text = (
-        f"{NAME}|77_0|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0|0:0\n"
-        f"{NAME}|77_[1-2%1]|2026-03-01T12:00:01|PENDING|00:00:00|n1|0:0|0:0\n"
-        "somebody|78|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0|0:0\n"
+        f"{NAME}|77_0|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0\n"
+        f"{NAME}|77_[1-2%1]|2026-03-01T12:00:01|PENDING|00:00:00|n1|0:0\n"
+        "somebody|78|2026-03-01T12:00:01|COMPLETED|00:01:00|n1|0:0\n"
         "short|line\n"
     )
     waits = TaskState(alive=True, node="n1", seconds=0)

@@ -49,7 +49,7 @@ _FULL = re.compile(
 )
 """Answers that say that this user, or everybody, has too many jobs waiting and running already."""
 
-_SACCT_FIELDS = "JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode,DerivedExitCode"
+_SACCT_FIELDS = "JobName,JobID,Submit,State,Elapsed,NodeList,ExitCode"
 
 _NOT_SBATCHS = frozenset({"setup", "stderr_to_stdout"})
 """What submitit does by itself; the rest of its parameters of a job's shape are sbatch's options."""
@@ -186,9 +186,10 @@ class SlurmCluster:
         ]
         if forgotten:
             since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(min(each.time for each in forgotten) - 60))
-            command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--starttime={since}"]
+            command = ["sacct", "--noheader", "--parsable2", f"--starttime={since}"]
             names = ",".join(submission.name for submission in forgotten)
             try:
+                # With their steps: the highest exit code of those is sometimes recorded before the last one has ended.
                 told = self.client([*command, f"--name={names}", f"--format={_SACCT_FIELDS}"])
             except ClusterError:
                 return states  # no accounting here: what squeue forgot stays unknown

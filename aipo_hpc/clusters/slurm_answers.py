@@ -42,21 +42,20 @@ def parse_squeue(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[
 
 
 def parse_sacct(text: str, wanted: Mapping[str, Submission]) -> dict[str, dict[int, TaskState]]:
-    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code|highest exit code of a step``.
+    """Read lines of ``name|job id|submit time|state|elapsed|nodes|exit code``, of jobs and of their steps.
 
-    Ids of waiting elements may be folded: 12_[3-5].
+    Ids of waiting elements may be folded: 12_[3-5]. A step is 12_3.batch or 12_3.0.
     """
     states: dict[str, dict[int, TaskState]] = {}
-    for line in text.splitlines():
-        fields = line.strip().split("|")
-        if len(fields) < 8:
-            continue
-        name, job_id, submitted, state, elapsed, nodes, exit_code, of_a_step = fields[:8]
+    lines = [fields for line in text.splitlines() if len(fields := line.strip().split("|")) >= 7]
+    steps = [(fields[1].partition(".")[0], fields[3]) for fields in lines if "." in fields[1]]
+    starving = {job_id for job_id, state in steps if state == "OUT_OF_MEMORY"}
+    for name, job_id, submitted, state, elapsed, nodes, exit_code, *_ in lines:
         array, _, element = job_id.partition("_")
-        if not is_ours(wanted.get(name), array, submitted):
+        if "." in job_id or not is_ours(wanted.get(name), array, submitted):
             continue
         told = task_state(state, seconds(elapsed), wanted[name], f"exit code {exit_code}", nodes)
-        if starved(of_a_step):
+        if job_id in starving:
             told = with_starved_step(told)
         _tell(states.setdefault(name, {}), expand(element), told, wanted[name])
     return states
@@ -72,7 +71,7 @@ def parse_steps(text: str) -> set[tuple[str, int]]:
 
 
 def starved(exit_code: str) -> bool:
-    """Whether an exit code of a step, as sacct (0:125) or squeue (253) writes it, is the one that means out of memory."""
+    """Whether a step's exit code, as squeue writes it (253, or 0:125), is the one that means out of memory."""
     status, _, signal = exit_code.rpartition(":")
     return signal.isdecimal() and int(signal) & 0x7F == _OUT_OF_MEMORY and status in ("", "0")
 
