@@ -56,7 +56,7 @@ class Gremlin:
                             due = time.monotonic() + draw.uniform(*self.pause)
                     elif now >= look_again:
                         self._inject(self._overdue, draw, now - began)
-                        look_again = time.monotonic() + 1.0
+                        look_again = time.monotonic() + 0.5
                 time.sleep(0.1)
         finally:
             self._end_what_is_over(float("inf"))
