@@ -103,7 +103,8 @@ def blames_another(error: BaseException) -> bool:
 
 _NO_MEMORY = ("outofmemoryerror", "out of memory", "can't allocate memory", "cannot allocate memory")
 
-_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer")
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+"""gloo's words, and the system's; NCCL's for "a network error or a remote process exiting prematurely"."""
 
 _ANOTHER_PROCESS_DIED = ("EngineDeadError", "AcceleratorError", "CUDA error", *_CONNECTION_LOST)
 """An engine's process, the GPU's context, or another process of a gang: all that this one sees of a crash."""

@@ -151,6 +151,7 @@ def test_what_a_bad_node_did_is_not_held_against_the_shards() -> None:
         (OSError(12, "Cannot allocate memory"), "out_of_memory"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "killed"),
         (RuntimeError("[../third_party/gloo] Connection closed by peer [127.0.0.1]:2345"), "killed"),
+        (RuntimeError("NCCL error: remote process exited\nncclRemoteError: A call failed possibly due to"), "killed"),
         (type("EngineDeadError", (Exception,), {})("see the trace above"), "killed"),
         (ClusterError("x"), "error"),
         (ValueError("x"), "error"),
@@ -164,6 +165,7 @@ def test_exceptions_are_classed(error: BaseException, kind: str) -> None:
     ("error", "kind"),
     [
         (ValueError("DataLoader worker (pid 7) is killed by signal: Killed"), "out_of_memory"),
+        (RuntimeError("NCCL error: remote process exited\nncclRemoteError: A call failed possibly due to"), "killed"),
         (type("EngineDeadError", (Exception,), {})("see the trace above"), "out_of_memory"),
         (DataError("x"), "user_error"),
         (DiskFull("x"), "disk_full"),
