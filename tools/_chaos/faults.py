@@ -71,9 +71,9 @@ def hold_task(world: World, draw: Random) -> Done | None:
         job, shard = world.run.job(str(claims.parent.parent.relative_to(world.run_dir))), int(claims.name)
         with suppress(OSError):
             submission, index, _ = os.readlink(claims / "00000.0").split(".")
-            groups = world.workers(submission, int(index))
-            if not groups or unclaimed(job, shard) < 2:
+            if unclaimed(job, shard) < 2 or not world.runs(submission, int(index)):
                 continue
+            groups = world.workers(submission, int(index))
             held = [process for group in groups for process in group]
             for process in held:
                 process.signal(signal.SIGSTOP)

@@ -77,6 +77,11 @@ class World:
         fields = [line.split("|") for line in (listed or "").splitlines()]
         return [Element(*each) for each in fields if len(each) == 3 and each[2].startswith("aipo-")]
 
+    def runs(self, submission: str, index: int) -> bool:
+        """Whether an element of a submission runs, and nobody has ended it."""
+        ids = [element.id for element in self.elements("RUNNING") if element.name == submission]
+        return any(each.partition("_")[2] in ("", str(index)) for each in ids)
+
     def nodes(self) -> list[str]:
         """Nodes that are up."""
         listed = self.slurm("sinfo", "--noheader", "--partition=main", "--Node", "--format=%N|%T") or ""
