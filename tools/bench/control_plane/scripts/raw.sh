@@ -9,10 +9,14 @@ missing() { # missing STAGE: indices without output, for --array
   done
   (IFS=,; echo "${list[*]-}")
 }
+ranges() { # ranges INDICES: the same with 3-7 for 3,4,5,6,7; sbatch takes only so many characters
+  tr , '\n' <<<"$1" | awk 'function put(end) { printf "%s%s", a == b ? a : a "-" b, end }
+    NR == 1 { a = b = $1; next } $1 == b + 1 { b = $1; next } { put(","); a = b = $1 } END { put("\n") }'
+}
 send() { # send STAGE INDICES [OPTION...]
   local stage=$1 indices=$2
   shift 2
-  sbatch --parsable --job-name=raw --output=/dev/null --time=10 --mem=100 --array="$indices" "$@" \
+  sbatch --parsable --job-name=raw --output=/dev/null --time=10 --mem=100 --array="$(ranges "$indices")" "$@" \
     --wrap="exec python3 $payload $work $stage \$SLURM_ARRAY_TASK_ID"
 }
 first=$(missing 1) second=$(missing 2)
