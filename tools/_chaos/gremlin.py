@@ -15,7 +15,7 @@ from _chaos.world import World
 class Gremlin:
     """Kinds come in a seeded order, each once before any that is possible comes again; the pauses between them are seeded, too.
 
-    What is not possible when its turn has come is done as soon as it is, between two others.
+    What is not possible when its turn has come is done as soon as it is, between two others; its place is kept for it.
 
     What they hit depends on where the run is just then, so a seed repeats the plan of an attack and not each hit.
     """
@@ -48,15 +48,15 @@ class Gremlin:
                 self._end_what_is_over(now)
                 if self.world.user.finished and not self._ends:
                     return
-                left = self.injected.total() < self.most and not self.world.user.finished
+                left = 0 if self.world.user.finished else self.most - self.injected.total()
                 if left and now >= self._not_before:
-                    if now >= due:
+                    if now >= due and left > len(self._overdue):
                         deck = deck or draw.sample(rest := sorted(set(self.kinds) - set(self._overdue)), len(rest))
                         if self._inject(deck, draw, now - began):
                             due = time.monotonic() + draw.uniform(*self.pause)
                     elif now >= look_again:
-                        self._inject(self._overdue, draw, now - began)
-                        look_again = time.monotonic() + 0.5
+                        done = self._inject(self._overdue, draw, now - began)
+                        look_again = time.monotonic() + (draw.uniform(*self.pause) if done else 0.5)
                 time.sleep(0.1)
         finally:
             self._end_what_is_over(float("inf"))
