@@ -87,9 +87,7 @@ def classify(error: BaseException, starved: bool = False) -> str:
     if isinstance(error, UserError):
         return "user_error"
     named = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or any(sign in named.lower() for sign in _NO_MEMORY):
-        return "out_of_memory"
-    if starved:
+    if starved or isinstance(error, MemoryError) or any(sign in named.lower() for sign in _NO_MEMORY):
         return "out_of_memory"
     if any(sign in named for sign in _ANOTHER_PROCESS_DIED):
         return "killed"

@@ -1,4 +1,4 @@
-"""The judge of tools/chaos finds what it is there to find, and its user does nothing but type the same command again."""
+"""The judge of tools/chaos finds what it is there to find, its user only types again, its gremlin leaves out no fault."""
 
 import os
 import sys
@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from _chaos import user as users
+from _chaos.faults import FAULTS, Done
+from _chaos.gremlin import Gremlin
 from _chaos.outcome import Execution, Outcome, differences, made
 from _chaos.user import HumanNeededError, User
 from fakes import chain, sentinel
@@ -143,3 +147,23 @@ def test_any_broken_promise_is_told() -> None:
     total.add(Outcome(shards=2, executions=2, duplicates=["x"]))
     assert (total.shards, total.executions, total.kept) == (4, 5, False)
     assert "| shard executions / shards | 5 / 4 |" in total.table()
+
+
+def test_a_fault_that_is_not_possible_yet_comes_later_and_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is the only kind there is, and beside one that would have taken all places by then."""
+    for kinds in (["late"], ["late", "soon"]):
+        world = SimpleNamespace(
+            user=SimpleNamespace(attend=lambda world: None, finished=False, log="", kill=lambda: None)
+        )
+        made = Gremlin(world, 1, pause=(0.0, 0.1), most=3, kinds=kinds, tell=print)  # type: ignore[arg-type]
+        answers = iter([None, None])
+
+        def late(world: object, draw: object, answers: Any = answers) -> Done | None:
+            return next(answers, Done("late"))
+
+        monkeypatch.setitem(FAULTS, "late", late)  # type: ignore[arg-type]
+        monkeypatch.setitem(FAULTS, "soon", lambda world, draw: Done("soon"))  # type: ignore[arg-type]
+        world.user.attend = lambda world, made=made: setattr(world.user, "finished", made.injected.total() == 3)
+        made.disturb(30)
+        print(dict(made.injected))
+        assert made.injected.total() == 3 and made.injected["late"] >= 1

@@ -27,5 +27,6 @@ def test_a_run_amid_faults_gives_the_bytes_of_an_undisturbed_one_and_no_shard_ru
     assert outcome.duplicates == []
     assert (outcome.rows_lost, outcome.commands) == (0, 0)
     assert outcome.injected.total() >= 10, "the run was over before it was disturbed: this proves little"
+    assert set(outcome.injected) <= set(FAULTS)
     assert "worker killed" in outcome.injected, "faults before anybody worked prove little, too"
     assert outcome.executions <= 3 * outcome.shards

@@ -73,8 +73,9 @@ def hold_task(world: World, draw: Random) -> Done | None:
             submission, index, _ = os.readlink(claims / "00000.0").split(".")
             if unclaimed(job, shard) < 2 or not world.runs(submission, int(index)):
                 continue
-            groups = world.workers(submission, int(index))
-            held = [process for group in groups for process in group]
+            held = [process for group in world.workers(submission, int(index)) for process in group]
+            if not held:
+                continue
             for process in held:
                 process.signal(signal.SIGSTOP)
             what = f"{job.name} shard {shard} stands still"

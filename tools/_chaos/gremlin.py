@@ -50,10 +50,11 @@ class Gremlin:
                     return
                 left = 0 if self.world.user.finished else self.most - self.injected.total()
                 if left and now >= self._not_before:
-                    if now >= due and left > len(self._overdue):
-                        deck = deck or draw.sample(rest := sorted(set(self.kinds) - set(self._overdue)), len(rest))
-                        if self._inject(deck, draw, now - began):
-                            due = time.monotonic() + draw.uniform(*self.pause)
+                    ready = now >= due and left > len(self._overdue)
+                    if ready and not deck:
+                        deck = draw.sample(rest := sorted(set(self.kinds) - set(self._overdue)), len(rest))
+                    if ready and self._inject(deck, draw, now - began):
+                        due = time.monotonic() + draw.uniform(*self.pause)
                     elif now >= look_again:
                         done = self._inject(self._overdue, draw, now - began)
                         look_again = time.monotonic() + (draw.uniform(*self.pause) if done else 0.5)
